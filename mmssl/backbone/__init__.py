@@ -1,0 +1,6 @@
+"""The shared transformer and the decoder of masked autoencoding."""
+
+from mmssl.backbone.decoder import Decoder
+from mmssl.backbone.vit import Backbone, Encoded
+
+__all__ = ["Backbone", "Decoder", "Encoded"]
