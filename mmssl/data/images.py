@@ -22,9 +22,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from mmssl.draws import Draws
-from mmssl.types import BadSample, Sample
+from mmssl.types import BadSample
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 Interpolation = Literal["bicubic", "bilinear"]
 
 # Only formats that Pillow decodes itself: its EPS reader, for one, starts a program.
@@ -42,18 +41,6 @@ _PILLOW_ERRORS = (
     zlib.error,
 )
 _EXIF_ORIENTATION = 0x0112
-
-
-def sample_image(sample: Sample) -> bytes:
-    """The picture's bytes: the first member of :data:`IMAGE_EXTENSIONS`, in that order.
-
-    Raises:
-        BadSample: ``no_image``.
-    """
-    for extension in IMAGE_EXTENSIONS:
-        if extension in sample.members:
-            return sample.members[extension]
-    raise BadSample("no_image", f"members: {', '.join(sample.members) or 'none'}")
 
 
 def decode_image(data: bytes, max_pixels: int = 64_000_000, short_side: int | None = None) -> UInt8[Tensor, "3 H W"]:

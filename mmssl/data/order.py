@@ -115,7 +115,8 @@ class Order:
 
     def batch(self, number: int, batch_size: int, rank: int = 0, world: int = 1) -> tuple[Integers, Integers]:
         """Epochs and sample indices of one rank's part of a global batch, each of batch_size / world entries."""
-        assert batch_size % self.lanes == 0 and self.lanes % world == 0, "checked by choose_lanes and check_world"
+        assert batch_size % self.lanes == 0, "checked by choose_lanes"
+        assert self.lanes % world == 0, "checked by check_world"
         turns = batch_size // self.lanes
         first = number * turns
         lanes = range(rank, self.lanes, world)

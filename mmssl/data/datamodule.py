@@ -1,0 +1,262 @@
+"""The data of a run, as users name it in YAML."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict
+
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+
+from mmssl.data.loader import Loader, StartMethod, default_workers
+from mmssl.data.members import missing, sample_text
+from mmssl.data.order import check_world, choose_lanes
+from mmssl.data.shards import ShardSet
+from mmssl.data.stream import EvalSet, Source, TrainStream
+from mmssl.data.tar import ShardError
+from mmssl.types import BadSample, Prepare
+
+
+class SourceConfig(TypedDict):
+    """One source of a mixture: its shards, and its weight (1 by default)."""
+
+    shards: str | list[str]
+    weight: NotRequired[float]
+
+
+class DataModule(LightningDataModule):
+    """Streams WebDataset shards for training and evaluation; goes on exactly where a checkpoint left off.
+
+    Args:
+        train: shards to train on: a path, brace pattern, glob, folder, or a list of these; or several sources,
+            ``{name: {shards: ..., weight: ...}}``, of which every batch takes one.
+        val: shards to validate, test and predict on; none by default.
+        batch_size: samples of a batch over *all* ranks.
+        val_batch_size: the same for validation; None means ``batch_size``.
+        num_workers: loader processes of every rank; None means its share of the cores less one, at most 8; 0 loads
+            in the training process.
+        lanes: sequences the shards are read in side by side; the number of ranks must divide it.  None means
+            the largest divisor of ``batch_size`` up to 64 (more for batches above 1,024).
+        seed: of the order and of every random draw.
+        budget: part of a worker's samples that may be bad before the run stops (counted from 1,000 samples on).
+        prefetch_factor: batches every worker prepares ahead.
+        val_samples: validate on this many samples, spread evenly over ``val``; None means all.
+        bad_samples: file that names every bad sample; None means ``bad_samples.jsonl`` in the run's folder.
+        multiprocessing_context: fork, spawn or forkserver; None means the system's default.
+
+    Raises:
+        ValueError: in the constructor, for a value that makes no sense; in ``setup``, for shards or a world size that
+            do not fit; in ``load_state_dict``, if the saved run had other data.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | dict[str, SourceConfig],
+        val: str | list[str] | None = None,
+        batch_size: int = 256,
+        val_batch_size: int | None = None,
+        num_workers: int | None = None,
+        lanes: int | None = None,
+        seed: int = 0,
+        budget: float = 0.01,
+        prefetch_factor: int = 2,
+        val_samples: int | None = None,
+        bad_samples: str | None = None,
+        multiprocessing_context: StartMethod | None = None,
+    ) -> None:
+        super().__init__()
+        self.lanes = choose_lanes(batch_size, lanes)
+        if num_workers is not None and num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; give 0 or more, or null for a default")
+        if prefetch_factor < 1:
+            raise ValueError(f"prefetch_factor is {prefetch_factor}; give at least 1 batch")
+        if not 0 <= budget <= 1:
+            raise ValueError(f"budget is {budget}; give the part of samples that may be bad, from 0 to 1")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}; give 0 or more")
+        self.train, self.val = _sources(train), val
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
+        self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
+        self.seed, self.budget, self.val_samples = seed, budget, val_samples
+        self.bad_samples, self.multiprocessing_context = bad_samples, multiprocessing_context
+        self.batches = 0  # trained, not merely loaded
+        self._train: TrainStream | None = None
+        self._val: EvalSet | None = None
+        self._saved: dict[str, Any] | None = None
+        self._loaders: list[Loader] = []
+
+    # ---- set up
+
+    def prepare_data(self) -> None:
+        """Index the shards once per node; the other ranks then find the indices."""
+        for shards in self._wanted().values():
+            ShardSet(shards)
+
+    def setup(self, stage: str) -> None:
+        assert self.trainer is not None
+        module = self.trainer.lightning_module
+        assert module is not None
+        bad_samples = self.bad_samples or os.path.join(self.trainer.default_root_dir, "bad_samples.jsonl")
+        os.makedirs(os.path.dirname(bad_samples) or ".", exist_ok=True)
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        if stage == "fit":
+            check_world(self.lanes, world, self.batch_size)
+            prepare: Prepare = module.prepare(train=True)  # type: ignore[operator]
+            sources = []
+            for name, source in self.train.items():
+                shards = ShardSet(source["shards"])
+                _check_members(shards, prepare, type(module).__name__)
+                sources.append(Source(name, shards, source.get("weight", 1.0)))
+            self._train = TrainStream(
+                sources,
+                prepare,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                lanes=self.lanes,
+                rank=rank,
+                world=world,
+                budget=self.budget,
+                bad_samples=bad_samples,
+            )
+            if self._saved is not None:
+                self._check_state(self._saved)
+        if self.val is not None:
+            prepare = module.prepare(train=False)  # type: ignore[operator]
+            shards = ShardSet(self.val)
+            _check_members(shards, prepare, type(module).__name__)
+            self._val = EvalSet(
+                shards,
+                prepare,
+                seed=self.seed,
+                batch_size=self.val_batch_size,
+                limit=self.val_samples,
+                rank=rank,
+                world=world,
+                budget=self.budget,
+                bad_samples=bad_samples,
+            )
+        elif stage != "fit":
+            raise ValueError(f"data.val is not set, but {stage} runs on it; give its shards")
+
+    def _wanted(self) -> dict[str, str | list[str]]:
+        training = self.trainer is None or self.trainer.state.fn == "fit"
+        wanted = {name: source["shards"] for name, source in self.train.items()} if training else {}
+        # A key that no source can have.
+        return wanted if self.val is None else {**wanted, "": self.val}
+
+    # ---- loaders
+
+    def train_dataloader(self) -> Loader:
+        if self._train is None:
+            raise RuntimeError("call setup('fit') first; the Trainer does")
+        return self._loader(self._train)
+
+    def val_dataloader(self) -> Loader | list[Any]:
+        return [] if self._val is None else self._loader(self._val)
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def _loader(self, data: TrainStream | EvalSet) -> Loader:
+        assert self.trainer is not None
+        trainer = self.trainer
+        workers = default_workers(trainer.num_devices) if self.num_workers is None else self.num_workers
+        training = isinstance(data, TrainStream)
+        loader = Loader(
+            data,
+            workers=workers if isinstance(data, TrainStream) else min(workers, len(data)),
+            prefetch=self.prefetch_factor,
+            start_method=self.multiprocessing_context,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+            first=(lambda: self.batches) if training else None,
+            accumulate=(lambda: trainer.accumulate_grad_batches) if training else None,
+        )
+        self._loaders.append(loader)
+        return loader
+
+    def teardown(self, stage: str) -> None:
+        for loader in self._loaders:
+            loader.close()
+        self._loaders.clear()
+
+    # ---- state
+
+    def trained(self, batches: int) -> None:
+        """Called after every optimizer step: so many global batches are in the weights."""
+        self.batches = batches
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all training shards, with their names and weights where there are several sources."""
+        assert self._train is not None
+        sources = self._train.samples.sources
+        if len(sources) == 1:
+            return sources[0].shards.fingerprint
+        return "; ".join(f"{s.name} x {s.weight:g}: {s.shards.fingerprint}" for s in sources)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A few integers and the fingerprint, the same on every rank; empty if this run does not train."""
+        return {} if self._train is None else {"batches": self.batches, **self._identity()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on behind the last trained batch.  Raises ValueError if the order of samples would be another one."""
+        if self._train is None:
+            self._saved = state_dict  # checked by setup, if this run trains at all
+        else:
+            self._check_state(state_dict)
+        self.batches = state_dict["batches"]
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "lanes": self.lanes,
+            "fingerprint": self.fingerprint,
+        }
+
+    def _check_state(self, saved: Mapping[str, Any]) -> None:
+        for name, now in self._identity().items():
+            if saved[name] != now:
+                what = "the training shards were" if name == "fingerprint" else f"data.{name} was"
+                remedy = "restore them" if name == "fingerprint" else f"set data.{name}: {saved[name]}"
+                raise ValueError(
+                    f"{what} {saved[name]} in the checkpoint, now {now}: samples would be repeated and left out; "
+                    f"{remedy} to go on, or begin a new run from the checkpoint's weights"
+                )
+
+
+def _sources(train: str | list[str] | dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+    if not isinstance(train, dict):
+        return {"train": {"shards": train}}
+    if not train:
+        raise ValueError("train names no source; give {name: {shards: ..., weight: ...}}")
+    for name, source in train.items():
+        unknown = set(source) - {"shards", "weight"}
+        if unknown or "shards" not in source:
+            raise ValueError(f"source {name!r} has {sorted(source)}; give shards and, if you like, weight")
+        if source.get("weight", 1.0) <= 0:
+            raise ValueError(f"source {name!r} has weight {source['weight']}; give one above 0, or leave it out")
+    return train
+
+
+def _check_members(shards: ShardSet, prepare: Prepare, objective: str) -> None:
+    """Raises ShardError for the first shard that lacks what the objective needs; warns of members left out."""
+    for shard in shards.shards:
+        lacking = missing(prepare.needs, shard.extensions)
+        if lacking:
+            raise ShardError(
+                f"shard {shard.path}: has no {' and no '.join(lacking)} (found: {', '.join(shard.extensions)}); "
+                f"{objective} needs {' and '.join(prepare.needs)} in every sample"
+            )
+    if "text" in prepare.needs and "txt" not in shards.shards[0].extensions:
+        sample = shards.read(0)
+        try:
+            sample_text(sample)
+        except BadSample as error:
+            raise ShardError(
+                f"shard {sample.shard}: has no .txt, and sample {sample.key} no caption in its json ({error}); "
+                f"{objective} needs text in every sample"
+            ) from None
+    skipped = {kind: n for kind, n in shards.skipped.items() if kind != "folder"}
+    if skipped:
+        found = ", ".join(f"{n} x {kind}" for kind, n in skipped.items())
+        rank_zero_warn(f"{shards.shards[0].path} and the shards after it: members that are not read: {found}")

@@ -1,0 +1,119 @@
+"""The loader between a stream and Lightning: workers, their signals, accumulation windows, clear errors."""
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from types import FrameType
+from typing import Literal
+
+import torch
+from torch.utils.data import DataLoader
+
+from mmssl.data.stream import EvalSet, TrainStream
+from mmssl.types import Batch
+
+StartMethod = Literal["fork", "spawn", "forkserver"]
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+
+
+def default_workers(processes: int) -> int:
+    """Workers for each of ``processes`` training processes of a node: its share of the cores less one, 1 to 8.
+
+    SLURM binds every task to its own cores; elsewhere the processes share what the system allows them.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores if "SLURM_CPUS_PER_TASK" in os.environ else cores // max(1, processes)
+    return max(1, min(8, share - 1))
+
+
+def _survive_once(number: int, frame: FrameType | None) -> None:
+    # A cluster sends TERM to all processes of a job, but the main process needs its batches until it has saved.
+    # The main process ends its workers by other means, and a second TERM ends this one.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def start_worker(worker: int) -> None:
+    """Undo what a worker inherited: one that ran the main process's handlers would save and requeue on its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _survive_once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    torch.set_num_threads(1)
+
+
+class Loader:
+    """Iterates a stream through worker processes.
+
+    Not a DataLoader but holding one: Lightning rebuilds DataLoaders with samplers of its own in some modes.
+    Every ``iter`` of a training loader begins at the batch that ``first`` names, with new workers.
+
+    Args:
+        data: what to iterate.
+        workers: number of processes; 0 does the work in this one.
+        prefetch: batches that every worker prepares ahead.
+        start_method: how processes start; None takes the system's default.
+        pin_memory: for copies to a GPU.
+        first: number of the batch to begin with (training only).
+        accumulate: number of batches of one optimizer step; ``Batch.window`` sums their counts.
+    """
+
+    def __init__(
+        self,
+        data: TrainStream | EvalSet,
+        *,
+        workers: int,
+        prefetch: int = 2,
+        start_method: StartMethod | None = None,
+        pin_memory: bool = False,
+        first: Callable[[], int] | None = None,
+        accumulate: Callable[[], int] | None = None,
+    ) -> None:
+        self.data, self.first, self.accumulate = data, first, accumulate
+        self._loader = DataLoader(
+            data,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            multiprocessing_context=start_method if workers else None,
+            pin_memory=pin_memory,
+            # Training never ends and so never begins again, but for a changed first batch, which needs new workers.
+            persistent_workers=workers > 0 and isinstance(data, EvalSet),
+            worker_init_fn=start_worker,
+        )
+
+    def __len__(self) -> int:
+        if isinstance(self.data, EvalSet):
+            return len(self.data)
+        raise TypeError("the training stream has no end")
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = self._batches()
+        while window := list(islice(batches, self.accumulate() if self.accumulate else 1)):
+            counts: Counter[str] = Counter()
+            for batch in window:
+                counts.update(batch.counts)
+            for batch in window:
+                batch.window = dict(counts)
+                yield batch
+
+    def _batches(self) -> Iterator[Batch]:
+        if isinstance(self.data, TrainStream) and self.first is not None:
+            self.data.start_batch = self.first()
+        # Workers begin with these signals blocked, until start_worker has replaced the inherited handlers.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if self._loader.num_workers else None
+        try:
+            iterator = iter(self._loader)
+        finally:
+            if blocked is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for batch in iterator:
+            if not isinstance(batch, Batch):
+                raise batch
+            yield batch
+
+    def close(self) -> None:
+        """End the workers that wait for another pass."""
+        self._loader._iterator = None

@@ -1,0 +1,224 @@
+"""Tar headers: where every regular file of an archive lies, without reading the files.
+
+Reads ustar, GNU (long names, base-256 numbers) and pax archives.  Every header's checksum is verified and the
+end mark is looked for, so that a cut or damaged archive is refused and never shortened in silence.
+"""
+
+import errno
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+BLOCK = 512
+_FAR = 16 << 10  # members below this size lie so close that headers are read in stretches
+_STRETCH = 64 << 10
+_LONGEST_NAME = 1 << 20
+_ZERO = bytes(BLOCK)
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstandard"}
+_SKIPPED = {b"1": "hard link", b"2": "link", b"3": "device", b"4": "device", b"5": "folder", b"6": "pipe"}
+
+
+class ShardError(ValueError):
+    """A shard that cannot be used, in one line: what, where (shard and byte), what to do."""
+
+
+class Member(NamedTuple):
+    name: str
+    offset: int  # of the content, in bytes
+    size: int  # in bytes
+
+
+class _Headers:
+    """Header blocks by offset, from few reads."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self._start, self._buffer = fd, 0, b""
+
+    def read(self, offset: int, length: int) -> bytes:
+        at = offset - self._start
+        if not 0 <= at <= len(self._buffer) - length:
+            self._buffer, self._start, at = os.pread(self._fd, max(length, BLOCK), offset), offset, 0
+        return self._buffer[at : at + length]
+
+    def ahead(self, offset: int) -> None:
+        """Read a stretch at once, if the block at ``offset`` is not at hand."""
+        if not 0 <= offset - self._start <= len(self._buffer) - BLOCK:
+            self._buffer, self._start = os.pread(self._fd, _STRETCH, offset), offset
+
+
+def open_shard(path: str) -> int:
+    """A file descriptor for reading.  Raises ShardError where the system refuses."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        remedy = "check the path" if error.errno == errno.ENOENT else "check its permissions and its disk"
+        raise ShardError(f"shard {path}: {error.strerror}; {remedy}") from None
+    return fd
+
+
+def read_exactly(fd: int, length: int, offset: int, path: str) -> bytes:
+    """Bytes of a shard.  Raises ShardError if they cannot be read or end early."""
+    try:
+        data = os.pread(fd, length, offset)
+        while len(data) < length and (more := os.pread(fd, length - len(data), offset + len(data))):
+            data += more
+    except OSError as error:
+        raise ShardError(f"shard {path}: {error.strerror} at byte {offset}; check its disk") from None
+    if len(data) < length:
+        raise ShardError(f"shard {path}: ends at byte {offset + len(data)} since it was indexed; restore it")
+    return data
+
+
+def scan(fd: int, path: str) -> tuple[list[Member], Counter[str]]:
+    """The regular files of an archive, in order, and the number of other members by kind.
+
+    Raises:
+        ShardError: for anything that is not a whole, plain tar.
+    """
+    try:
+        size = os.fstat(fd).st_size
+        if size == 0:
+            raise ShardError(f"shard {path}: is empty (0 bytes); write it again")
+        skipped: Counter[str] = Counter()
+        return list(_members(_Headers(fd), path, size, skipped)), skipped
+    except OSError as error:
+        raise ShardError(f"shard {path}: {error.strerror}; check that it is a file and its disk is well") from None
+
+
+def _members(headers: _Headers, path: str, size: int, skipped: Counter[str]) -> Iterator[Member]:
+    at = 0
+    name: str | None = None  # given by an extended header for the next member
+    long_size: int | None = None
+    while True:
+        block = headers.read(at, BLOCK)
+        if len(block) < BLOCK:
+            raise _cut(path, at, size, "a whole header" if block else "the end mark")
+        if block == _ZERO:
+            _check_end(headers, path, at, size)
+            if name is not None or long_size is not None:
+                raise _damaged(path, at, "an extended header is followed by no member")
+            return
+        if not _sum_is_right(block):
+            if at == 0:
+                raise _not_a_tar(path, block)
+            raise _damaged(path, at, "the header's checksum is wrong")
+        kind = block[156:157]
+        length = _number(block[124:136], path, at)
+        extended = kind in (b"x", b"L", b"g", b"K")
+        if long_size is not None and not extended:
+            length, long_size = long_size, None
+        begin = at + BLOCK
+        following = begin + -(-length // BLOCK) * BLOCK
+        if begin + length > size:
+            raise _cut(path, at, size, f"the {length} bytes of the member whose header is at byte {at}")
+        if extended:
+            if length > _LONGEST_NAME:
+                raise _damaged(path, at, f"an extended header of {length} bytes")
+            content = headers.read(begin, length)
+            if kind == b"L":
+                name = _text(content)
+            elif kind == b"x":
+                records = _pax(content, path, at)
+                if any(key.startswith("GNU.sparse") for key in records):
+                    raise _damaged(path, at, "a sparse file, which has no plain content")
+                name = records.get("path", name)
+                if "size" in records:
+                    long_size = _decimal(records["size"], path, at)
+        else:
+            own, name = name if name is not None else _own_name(block), None
+            if kind == b"S":
+                raise _damaged(path, at, "a sparse file, which has no plain content")
+            if kind in (b"0", b"\0", b"7") and not own.endswith("/"):
+                yield Member(own, begin, length)
+            else:
+                skipped[_SKIPPED.get(kind, "folder" if own.endswith("/") else "unknown kind")] += 1
+        if length < _FAR:
+            headers.ahead(following)
+        at = following
+
+
+def _sum_is_right(block: bytes) -> bool:
+    # Adler-32's low half is 1 + the sum of bytes modulo 65521; half a block sums to at most 65280, so it is exact.
+    total = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
+    field = block[148:156]
+    total += 8 * 32 - sum(field)  # the field itself counts as blanks
+    try:
+        stored = int(field.split(b"\0", 1)[0].strip() or b"-1", 8)
+    except ValueError:
+        return False
+    if stored == total:
+        return True
+    # Some old writers summed signed bytes.
+    return stored == total - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
+
+
+def _number(field: bytes, path: str, at: int) -> int:
+    if field[0] & 0x80:  # base 256, for sizes of 8 GiB and more
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    text = field.split(b"\0", 1)[0].strip()
+    if not all(48 <= byte < 56 for byte in text):
+        raise _damaged(path, at, f"the size field {field!r} is not a number")
+    return int(text or b"0", 8)
+
+
+def _decimal(text: str, path: str, at: int) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise _damaged(path, at, f"the size {text[:40]!r} in an extended header is not a number")
+    return int(text)
+
+
+def _text(raw: bytes) -> str:
+    return raw.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def _own_name(block: bytes) -> str:
+    name = _text(block[:100])
+    if block[257:263] == b"ustar\0" and block[345]:  # GNU's own format keeps other things there
+        return f"{_text(block[345:500])}/{name}"
+    return name
+
+
+def _pax(content: bytes, path: str, at: int) -> dict[str, str]:
+    """Records of the form "<length> <key>=<value>\\n"."""
+    records = {}
+    rest = content
+    while rest.strip(b"\0"):
+        digits, blank, _ = rest.partition(b" ")
+        length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
+        record, rest = rest[:length], rest[length:]
+        key, equals, value = record[len(digits) + 1 : -1].partition(b"=")
+        if not (blank and equals and length <= len(content) and record.endswith(b"\n")):
+            raise _damaged(path, at, "an extended header that is not made of records")
+        records[_text(key)] = value.decode("utf-8", "surrogateescape")
+    return records
+
+
+def _check_end(headers: _Headers, path: str, at: int, size: int) -> None:
+    """Nothing but zeros may follow the first zero block: a header turned to zeros would hide what comes behind."""
+    offset = at
+    while offset < size:
+        block = headers.read(offset, min(_STRETCH, size - offset))
+        if block.strip(b"\0"):
+            where = offset + len(block) - len(block.lstrip(b"\0"))
+            raise ShardError(
+                f"shard {path}: data at byte {where}, behind the end mark at byte {at}: damaged, or several tars "
+                "joined with cat; write it again (tar -A joins archives)"
+            )
+        offset += len(block)
+
+
+def _cut(path: str, at: int, size: int, missing: str) -> ShardError:
+    return ShardError(f"shard {path}: cut off at byte {size}, {missing} is missing; fetch or write it again")
+
+
+def _damaged(path: str, at: int, what: str) -> ShardError:
+    return ShardError(f"shard {path}: damaged at byte {at}: {what}; fetch or write it again")
+
+
+def _not_a_tar(path: str, block: bytes) -> ShardError:
+    for magic, name in _COMPRESSED.items():
+        if block.startswith(magic):
+            return ShardError(f"shard {path}: is compressed ({name}), which has no random access; unpack it to a .tar")
+    return ShardError(f"shard {path}: is not a tar (no header at byte 0); give WebDataset tar files")
