@@ -1,0 +1,26 @@
+"""mmssl: masked self-supervised pretraining of one transformer on text, images and image-text pairs."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Imported on first use, so that `import mmssl` and `mmssl --help` stay quick.
+_HOME = {
+    "MLM": "mmssl.objectives.mlm",
+    "MAE": "mmssl.objectives.mae",
+    "MMM": "mmssl.objectives.mmm",
+    "DataModule": "mmssl.data.datamodule",
+    "Backbone": "mmssl.backbone",
+}
+__all__ = ["MAE", "MLM", "MMM", "Backbone", "DataModule"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'mmssl' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -101,6 +101,8 @@ class Batch(_Movable):
     image: Image | None = None
     text: Text | None = None
     valid: Bool[Tensor, " B"] | None = None
+    counts: dict[str, int] = field(default_factory=dict)  # items that each loss averages over, e.g. {"text": 812}
+    window: dict[str, int] | None = None  # this rank's counts over the whole accumulation window
     notes: dict[str, int] = field(default_factory=dict)  # counters of the stream, e.g. {"bad/truncated": 2}
 
     @property
@@ -120,12 +122,15 @@ class Prepare(Protocol):
 
     needs: tuple[str, ...]  # of "image", "text": what a shard must contain
 
-    def sample(self, sample: Sample, draws: Draws) -> Any:
-        """Decode, augment, tokenize, draw what is hidden.  Raises BadSample."""
+    def sample(self, sample: Sample, draws: Draws, index: int) -> Any:
+        """Decode, augment, tokenize, draw what is hidden.  ``index`` is the global batch (for schedules).
+
+        Raises BadSample.
+        """
         ...
 
     def collate(self, examples: list[Any], valid: list[bool] | None = None) -> Batch:
-        """Stack and pack; leaves ``index``, ``keys`` and ``notes`` to the stream."""
+        """Stack and pack; leaves ``index``, ``keys``, ``window`` and ``notes`` to the stream."""
         ...
 
 

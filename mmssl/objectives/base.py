@@ -1,0 +1,286 @@
+"""What the objectives share: the text half and the picture half of ``prepare``, the head, the pixels.
+
+An objective is one file with three classes: ``PrepareX`` (runs in the loader), ``XNetwork`` (the one module that
+is sharded and called on the device) and ``X``, the LightningModule that users name in YAML.
+"""
+
+import difflib
+import inspect
+import itertools
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mmssl.backbone import Backbone
+from mmssl.data.images import RandomResizedCrop, ResizeCenterCrop, decode_image
+from mmssl.data.members import sample_image, sample_text
+from mmssl.data.tokenizer import TextTokenizer
+from mmssl.draws import Draws
+from mmssl.masking.image import ImageStrategy, check_image_strategy, hide_patches, num_visible
+from mmssl.masking.text import HiddenTokens, TextStrategy, check_text_strategy, hide_tokens
+from mmssl.training.module import Completion, split_by_sample
+from mmssl.types import BadSample, Image, Loss, Sample, Text, ceil_to
+
+Ratio = float | tuple[float, float]
+
+
+class ImageExample(NamedTuple):
+    pixels: UInt8[Tensor, "C H W"]
+    visible: NDArray[np.int64]
+    hidden: NDArray[np.int64]
+
+
+def check_ratio(name: str, ratio: Ratio) -> None:
+    """Raises ValueError unless every given ratio lies strictly between 0 and 1."""
+    for value in ratio if isinstance(ratio, tuple) else (ratio,):
+        if not 0 < value < 1:
+            raise ValueError(
+                f"{name} is {value}; a part of the data must be hidden and a part seen: give 0 < ratio < 1"
+            )
+
+
+def ratio_at(ratio: Ratio, index: int, batches: int) -> float:
+    """The ratio at a batch: fixed, or moving in a straight line from the first to the second value."""
+    if not isinstance(ratio, tuple):
+        return ratio
+    first, last = ratio
+    return first + (last - first) * min(1.0, index / max(1, batches - 1))
+
+
+@dataclass(frozen=True)
+class PrepareText:
+    """Tokenize, cut to length, hide, pack.
+
+    A text longer than ``max_tokens`` gives a random window in training and its beginning in evaluation.
+    A scheduled ratio stands at its last value in evaluation.
+    The packed axis is rounded up to ``pad_to_multiple_of`` tokens (a power of two keeps compiled kernels few).
+    """
+
+    tokenizer: TextTokenizer
+    max_tokens: int
+    ratio: Ratio
+    strategy: TextStrategy
+    batches: int  # over which a scheduled ratio moves
+    train: bool
+    pad_to_multiple_of: int = 1
+
+    def sample(self, sample: Sample, draws: Draws, index: int) -> HiddenTokens:
+        encoded = self.tokenizer.encode(sample_text(sample))
+        ids, word_ids = encoded.ids.astype(np.int64), encoded.word_ids.astype(np.int64)
+        if len(ids) > self.max_tokens:
+            # Keep the special tokens of both ends; the window lies between them.
+            room = self.max_tokens - 2
+            start = 1 + (draws.integer(len(ids) - 1 - room) if self.train else 0)
+            keep = np.r_[0, start : start + room, len(ids) - 1]
+            ids, word_ids = ids[keep], word_ids[keep]
+        if not (word_ids >= 0).any():
+            raise BadSample("no_text", "the text has no token besides special ones")
+        return hide_tokens(
+            ids,
+            word_ids,
+            draws,
+            ratio=ratio_at(self.ratio, index if self.train else self.batches, self.batches),
+            strategy=self.strategy,
+            mask_id=self.tokenizer.mask_id,
+            replacements=self.tokenizer.ordinary_ids,
+        )
+
+    def collate(self, examples: list[HiddenTokens], valid: list[bool] | None) -> Text:
+        lengths = [len(e.input_ids) for e in examples]
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        use = valid or [True] * len(examples)
+        pairs = [(s, e) for s, e, u in zip(starts, examples, use, strict=False) if u]
+        ids = np.concatenate([e.input_ids for e in examples])
+        hidden = np.concatenate([start + e.hidden for start, e in pairs] or [np.empty(0, np.int64)])
+        labels = np.concatenate([e.labels for _, e in pairs] or [np.empty(0, np.int64)])
+        if self.pad_to_multiple_of > 1:
+            # The padding is a segment of its own, possibly empty: cu_seqlens keeps one length for all batches.
+            total = ceil_to(len(ids), self.pad_to_multiple_of)
+            ids = np.concatenate([ids, np.full(total - len(ids), self.tokenizer.pad_id)])
+            starts = np.append(starts, total)
+        return Text(
+            torch.from_numpy(ids),
+            torch.from_numpy(starts.astype(np.int32)),
+            max(self.max_tokens, self.pad_to_multiple_of),
+            torch.from_numpy(hidden),
+            torch.from_numpy(labels),
+        )
+
+
+@dataclass(frozen=True)
+class PrepareImage:
+    """Decode, crop, hide; every picture of a batch hides equally many patches."""
+
+    transform: RandomResizedCrop | ResizeCenterCrop
+    grid_size: tuple[int, int]
+    ratio: float
+    strategy: ImageStrategy
+
+    def sample(self, sample: Sample, draws: Draws) -> ImageExample:
+        pixels = self.transform(decode_image(sample_image(sample)), draws)
+        return ImageExample(pixels, *hide_patches(self.grid_size, draws, ratio=self.ratio, strategy=self.strategy))
+
+    def collate(self, examples: list[ImageExample]) -> Image:
+        return Image(
+            torch.stack([e.pixels for e in examples]),
+            torch.from_numpy(np.stack([e.visible for e in examples])),
+            torch.from_numpy(np.stack([e.hidden for e in examples])),
+        )
+
+
+def check_image_masking(grid_size: tuple[int, int], ratio: float, strategy: str) -> None:
+    """Raises ValueError for an unknown strategy, a ratio outside (0, 1), or a grid too small to hide anything."""
+    check_image_strategy(strategy)
+    check_ratio("mask_ratio of the image", ratio)
+    patches = grid_size[0] * grid_size[1]
+    if num_visible(patches, ratio) == patches:
+        raise ValueError(
+            f"mask_ratio {ratio} hides none of the {patches} patches; "
+            "raise it, or take smaller patches or larger pictures"
+        )
+
+
+def check_text_masking(tokenizer: TextTokenizer, vocab_size: int | None, ratio: Ratio, strategy: str) -> None:
+    """Raises ValueError for an unknown strategy, a ratio outside (0, 1), or a vocabulary of another size."""
+    check_text_strategy(strategy)
+    check_ratio("mask_ratio of the text", ratio)
+    if vocab_size is not None and vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"vocab_size is {vocab_size} but the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens; "
+            "name the tokenizer this model was made for, or leave vocab_size out"
+        )
+
+
+class TextHead(nn.Module):
+    """BERT's prediction head: dense, GELU, LayerNorm, then the token embedding transposed, plus a bias.
+
+    Called with hidden positions only: [M, D] -> logits [M, vocabulary].
+    """
+
+    def __init__(self, embed_dim: int, token_embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.dense = nn.Linear(embed_dim, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-12)
+        self.out = nn.Linear(embed_dim, token_embedding.num_embeddings)
+        nn.init.normal_(self.dense.weight, std=0.02)
+        nn.init.zeros_(self.dense.bias)
+        nn.init.zeros_(self.out.bias)
+        self.out.weight = token_embedding.weight  # tied: one tensor serves both
+
+    def forward(self, hidden: Float[Tensor, "M D"]) -> Float[Tensor, "M K"]:
+        return cast(Tensor, self.out(self.norm(nn.functional.gelu(self.dense(hidden)))))
+
+
+class Pixels(nn.Module):
+    """uint8 pictures to normalised floats, and to and from patches."""
+
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], patch_size: int, normalize_patches: bool
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.patch_dim = patch_size**2 * len(mean)
+        self.normalize_patches = normalize_patches
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, pixels: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        return (pixels.float() / 255 - self.mean) / self.std
+
+    def restore(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Normalised floats back to [0, 1]."""
+        return (pixels * self.std + self.mean).clamp(0, 1)
+
+    def patchify(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N p*p*C"]:
+        """MAE's order: patches row by row, within a patch row, column, channel."""
+        b, c, h, w = pixels.shape
+        p = self.patch_size
+        x = pixels.reshape(b, c, h // p, p, w // p, p)
+        return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // p) * (w // p), p * p * c)
+
+    def unpatchify(self, patches: Float[Tensor, "B N p*p*C"], height: int) -> Float[Tensor, "B C H W"]:
+        b, n, d = patches.shape
+        p = self.patch_size
+        h, w = height // p, n // (height // p)
+        x = patches.reshape(b, h, w, p, p, d // p**2)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(b, d // p**2, h * p, w * p)
+
+    def targets(self, pixels: Float[Tensor, "B C H W"], ids: Int[Tensor, "B U"]) -> Float[Tensor, "B U p*p*C"]:
+        """What is to be predicted: the patches, each with zero mean and unit variance if ``normalize_patches``."""
+        target = take(self.patchify(pixels), ids)
+        if self.normalize_patches:
+            mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)  # unbiased, as MAE has it
+            target = (target - mean) / (var + 1e-6).sqrt()
+        return target
+
+    def complete(
+        self, pixels: Float[Tensor, "B C H W"], image: Image, prediction: Float[Tensor, "B U p*p*C"]
+    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
+        """(what was visible on grey, the picture with its hidden patches predicted), both in [0, 1].
+
+        With normalised targets a prediction has no mean and variance of its own: the true ones are lent to it,
+        as in MAE's own figures.  Errors must therefore not be measured on these pictures.
+        """
+        patches = self.patchify(pixels)
+        if self.normalize_patches:
+            truth = take(patches, image.hidden)
+            mean, var = truth.mean(-1, keepdim=True), truth.var(-1, keepdim=True)
+            prediction = prediction * (var + 1e-6).sqrt() + mean
+        index = image.hidden.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
+        height = pixels.shape[2]
+        grey = (0.5 - self.mean.view(-1)) / self.std.view(-1)
+        blank = grey.repeat(self.patch_size**2).expand(index.shape)
+        visible = self.unpatchify(patches.scatter(1, index, blank.to(patches.dtype)), height)
+        completed = self.unpatchify(patches.scatter(1, index, prediction.to(patches.dtype)), height)
+        return self.restore(visible), self.restore(completed)
+
+
+def take(tokens: Float[Tensor, "B N D"], ids: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
+    """tokens[b, ids[b]] for every b."""
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def make_backbone(name: str, options: dict[str, Any] | None, needs: tuple[str, ...], **fixed: Any) -> Backbone:
+    """Build the backbone for what an objective needs; an unknown option is refused with the nearest valid one."""
+    options = dict(options or {})
+    known = [p for p in inspect.signature(Backbone.__init__).parameters if p not in ("self", "name", *fixed)]
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.0)
+            raise ValueError(f"backbone_options has no {key!r}; did you mean {near[0]!r}? It takes {', '.join(known)}")
+    backbone = Backbone(name, **options, **fixed)
+    backbone.freeze_unused(needs)
+    return backbone
+
+
+def reconstruction_loss(
+    prediction: Float[Tensor, "B U K"], target: Float[Tensor, "B U K"], valid: Bool[Tensor, " B"] | None
+) -> Loss:
+    """Mean squared error of each hidden patch, summed over the patches, with their number (He et al. 2022)."""
+    error = (prediction.float() - target.float()).square().mean(-1)  # [B, U]
+    if valid is not None:
+        error = error * valid.unsqueeze(1)
+    patches = error.shape[1] * (valid.sum() if valid is not None else error.shape[0])
+    return Loss(error.sum(), torch.as_tensor(patches, dtype=torch.float32, device=error.device))
+
+
+def token_losses(logits: Float[Tensor, "M K"], labels: Int[Tensor, " M"]) -> tuple[Loss, Loss]:
+    """(cross-entropy, top-1 hits) over the hidden tokens: sums with their number (DESIGN: L = sum -log p)."""
+    count = torch.tensor(float(len(labels)), device=logits.device)
+    total = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    hits = (logits.detach().argmax(-1) == labels).sum().float()
+    return Loss(total, count), Loss(hits, count)
+
+
+def guesses(logits: Float[Tensor, "M K"], text: Text, samples: int) -> Completion:
+    """The words of a Completion, sample by sample."""
+    labels, hidden = split_by_sample(text.labels, text.hidden, text.cu_seqlens, samples)
+    guessed, _ = split_by_sample(logits.argmax(-1), text.hidden, text.cu_seqlens, samples)
+    bounds = text.cu_seqlens.tolist()
+    ids = [text.input_ids[a:b].tolist() for a, b in itertools.pairwise(bounds)][:samples]
+    return Completion(input_ids=ids, hidden=hidden, labels=labels, guesses=guessed)

@@ -1,0 +1,249 @@
+"""The LightningModule under every objective: optimizer, schedule, one global division, logging.
+
+An objective gives three things: ``prepare`` (the loader's half), ``forward`` (the device's half) and ``compare``
+(predictions to named sums).  Everything about *how* to train is here.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from mmssl.training.optim import adamw, warmup_cosine
+from mmssl.types import Batch, Loss, Prepare
+
+
+class Completion(NamedTuple):
+    """What a person looks at: pictures of a few samples, in [0, 1], and the guesses for the hidden tokens."""
+
+    original: Float[Tensor, "B C H W"] | None = None
+    visible: Float[Tensor, "B C H W"] | None = None
+    completed: Float[Tensor, "B C H W"] | None = None
+    input_ids: list[list[int]] | None = None  # per sample, as the model saw them
+    hidden: list[list[int]] | None = None  # per sample, positions within the text
+    labels: list[list[int]] | None = None
+    guesses: list[list[int]] | None = None
+
+
+class PretrainModule(LightningModule):
+    """Base of the pretraining objectives.
+
+    The loss of a step is sum_k weight_k * total_k / count_k, where total and count run over *all* ranks and all
+    micro-batches of the optimizer step: dividing per rank or per micro-batch weighs tokens unequally.
+
+    Args:
+        lr: peak learning rate (absolute; published recipes often give a rate per 256 samples).
+        weight_decay, betas, eps: of AdamW.  Norms, biases, positions and class tokens are not decayed.
+        warmup_steps: optimizer steps of linear warm-up, followed by a half cosine to ``min_lr_ratio * lr`` at
+            ``trainer.max_steps``.
+        min_lr_ratio: the rate at the last step as a part of ``lr``.
+        clip_grad_norm: largest 2-norm of the gradient; None measures without clipping.
+        compile_blocks: torch.compile every transformer block (worth it on GPUs).
+    """
+
+    network: nn.Module
+
+    def __init__(
+        self,
+        *,
+        lr: float = 1.5e-4,
+        weight_decay: float = 0.05,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        warmup_steps: int = 0,
+        min_lr_ratio: float = 0.0,
+        clip_grad_norm: float | None = 1.0,
+        compile_blocks: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in {"lr": lr, "eps": eps}.items():
+            if value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay is {weight_decay}; it must be 0 or more")
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {warmup_steps}; it must be 0 or more")
+        if not 0 <= min_lr_ratio <= 1:
+            raise ValueError(f"min_lr_ratio is {min_lr_ratio}; it must lie between 0 and 1")
+        if clip_grad_norm is not None and clip_grad_norm <= 0:
+            raise ValueError(f"clip_grad_norm is {clip_grad_norm}; use null to switch clipping off")
+        self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, betas, eps
+        self.warmup_steps, self.min_lr_ratio, self.clip_grad_norm = warmup_steps, min_lr_ratio, clip_grad_norm
+        self.compile_blocks = compile_blocks
+        self.loss_weights: dict[str, float] = {}
+        self._window_total: dict[str, Tensor] = {}
+        self._eval_sums: dict[str, Tensor] = {}
+
+    # ---- what an objective gives
+
+    def prepare(self, train: bool) -> Prepare:
+        """The half that runs in the loader's workers."""
+        raise NotImplementedError
+
+    def compare(self, prediction: Any, batch: Batch) -> dict[str, Loss]:
+        """Sums with counts by name.  The names in ``loss_weights`` are trained on, the others only reported."""
+        raise NotImplementedError
+
+    def complete(self, batch: Batch) -> Completion:
+        """Pictures and guesses for a person; called without gradients on a small validation batch."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> Any:
+        return self.network(batch)
+
+    @property
+    def total_batches(self) -> int:
+        """Batches of the whole run, for schedules that the loader follows."""
+        if self._trainer is None:
+            return 1
+        return max(1, self.trainer.max_steps) * self.trainer.accumulate_grad_batches
+
+    # ---- one step
+
+    def configure_model(self) -> None:
+        if self.compile_blocks:
+            self.network.backbone.compile_blocks()  # type: ignore[operator, union-attr]
+            self.compile_blocks = False  # configure_model is called again for every fit, validate, …
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        sums = self.compare(self(batch), batch)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._window_total = self._count_window(batch)
+        # DDP and FSDP average gradients over the ranks and Lightning divides by the micro-batches; we divide
+        # by the count, so both are taken back here.
+        undo = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        loss = sum(
+            weight * undo * sums[name].total / self._window_total[name] for name, weight in self.loss_weights.items()
+        )
+        assert isinstance(loss, Tensor)
+        if self._logs_now():
+            self._log_train(sums, batch.size)
+        return loss
+
+    def _count_window(self, batch: Batch) -> dict[str, Tensor]:
+        """Items of each loss over all ranks and all micro-batches of this optimizer step."""
+        window = batch.window
+        if window is None:  # a loader of the user's own: the best that can be known is this micro-batch
+            window = {name: n * self.trainer.accumulate_grad_batches for name, n in batch.counts.items()}
+        counts = torch.tensor([window[name] for name in self.loss_weights], dtype=torch.float32, device=self.device)
+        if self.trainer.world_size > 1:
+            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")  # type: ignore[assignment]
+        # No rank had an item: the total is 0 as well, and 0 / 1 gives the zero gradient it should be.
+        return dict(zip(self.loss_weights, counts.clamp(min=1), strict=True))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        limit = float("inf") if self.clip_grad_norm is None else self.clip_grad_norm
+        norm = nn.utils.clip_grad_norm_(self.parameters(), limit)
+        if self._logs_now():
+            self.log("train/grad_norm", norm)
+            self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        # Only whole optimizer steps count as trained: gradients of a half window are not in a checkpoint.
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            trained = getattr(getattr(self.trainer, "datamodule", None), "trained", None)
+            if trained is not None:
+                trained(batch.index + 1)
+
+    # ---- logging
+
+    def _logs_now(self) -> bool:
+        # global_step grows after the optimizer's step, Lightning logs when the grown number divides.
+        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+
+    def _log_train(self, sums: dict[str, Loss], size: int) -> None:
+        """Log this micro-batch's means, over all ranks; called by every rank at the same steps."""
+        means = self._means({name: torch.stack([s.total.detach(), s.count]) for name, s in sums.items()})
+        for name, value in means.items():
+            self.log(f"train/{name}", value, batch_size=size)
+
+    def _means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """total / count by name after adding up the ranks, and the weighted loss that is trained on."""
+        packed = torch.stack(list(sums.values())).float()
+        if self.trainer.world_size > 1:
+            packed = self.trainer.strategy.reduce(packed, reduce_op="sum")  # type: ignore[assignment]
+        means = dict(zip(sums, packed[:, 0] / packed[:, 1], strict=True))
+        loss = torch.stack([weight * means[name] for name, weight in self.loss_weights.items()]).sum()
+        return {"loss": loss, **{_metric_name(name, self.loss_weights): value for name, value in means.items()}}
+
+    def on_validation_epoch_start(self) -> None:
+        self._eval_sums = {}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        for name, (total, count) in self.compare(self(batch), batch).items():
+            pair = torch.stack([total.detach().double(), count.double()])
+            self._eval_sums[name] = self._eval_sums.get(name, 0) + pair
+
+    def on_validation_epoch_end(self) -> None:
+        if self._eval_sums:
+            for name, value in self._means(self._eval_sums).items():
+                self.log(f"val/{name}", value)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        for name, value in self._means(self._eval_sums).items():
+            self.log(f"test/{name}", value)
+
+    # ---- optimizer
+
+    def no_weight_decay(self) -> set[str]:
+        """Names (wildcards) of parameters that are not decayed although they have two dimensions or more."""
+        backbone: Any = self.network.backbone
+        return {f"network.backbone.{name}" for name in backbone.no_weight_decay()} | {"*.mask_token", "*.modality"}
+
+    def configure_optimizers(self) -> Any:
+        if self.trainer.gradient_clip_val:
+            raise ValueError(
+                "trainer.gradient_clip_val is set; set model.init_args.clip_grad_norm instead, which also works "
+                "with the fused optimizer under mixed precision"
+            )
+        if self.trainer.max_steps < 1:
+            raise ValueError(
+                "trainer.max_steps is not set; the cosine schedule ends there, so give the number of steps"
+            )
+        if self.warmup_steps >= self.trainer.max_steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps} but trainer.max_steps is {self.trainer.max_steps}; "
+                "warm up for fewer steps than the run has"
+            )
+        optimizer = adamw(
+            self,
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            no_weight_decay=self.no_weight_decay(),
+        )
+        schedule = warmup_cosine(self.warmup_steps, self.trainer.max_steps, self.min_lr_ratio)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"},
+        }
+
+
+def _metric_name(name: str, weights: dict[str, float]) -> str:
+    return f"loss_{name}" if name in weights else name
+
+
+def split_by_sample(
+    values: Int[Tensor, " M"], positions: Int[Tensor, " M"], cu_seqlens: Int[Tensor, " S+1"], samples: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Hand values at packed positions back to their samples: (values, positions within the text) per sample."""
+    owner = torch.searchsorted(cu_seqlens.to(positions.dtype), positions, right=True) - 1
+    out_values: list[list[int]] = [[] for _ in range(samples)]
+    out_positions: list[list[int]] = [[] for _ in range(samples)]
+    starts = cu_seqlens.tolist()
+    for value, position, sample in zip(values.tolist(), positions.tolist(), owner.tolist(), strict=True):
+        out_values[sample].append(value)
+        out_positions[sample].append(position - starts[sample])
+    return out_values, out_positions
+
+
+def unit_pixels(pixels: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    """uint8 to floats in [0, 1]."""
+    return pixels.float() / 255

@@ -1,0 +1,41 @@
+"""AdamW over timm's parameter groups, and the schedule of the learning rate by step."""
+
+import math
+from collections.abc import Callable, Collection
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+
+def adamw(
+    module: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    no_weight_decay: Collection[str] = (),
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019); biases, norms and ``no_weight_decay`` names (wildcards) are not decayed.
+
+    The fused kernel is used where every parameter lies on a device that has one.
+    """
+    groups = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=no_weight_decay)
+    kinds = {parameter.device.type for parameter in module.parameters()}
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=kinds <= {"cuda", "cpu"} and len(kinds) == 1)
+
+
+def warmup_cosine(warmup_steps: int, max_steps: int, floor: float) -> Callable[[int], float]:
+    """Factor of the peak rate at a step: linear from 0 over ``warmup_steps``, then a half cosine to ``floor``.
+
+    Step 0 already moves ((step + 1) / warmup_steps); ``floor`` is a part of the peak, reached at the last step.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        done = min(1.0, (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return factor

@@ -1,0 +1,89 @@
+"""MMM: both directions at once, and each depends on the other modality."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import mmssl
+from mmssl.types import Batch
+
+
+@pytest.fixture(params=[False, True], ids=["shared", "experts"])
+def module(request: pytest.FixtureRequest, tokenizer_path: str, tiny: dict[str, object]) -> mmssl.MMM:
+    torch.manual_seed(0)
+    return mmssl.MMM(
+        tokenizer_path,
+        "vit_tiny_patch16_224",
+        {**tiny, "experts": request.param},
+        max_tokens=32,
+        decoder_embed_dim=32,
+        decoder_depth=2,
+        decoder_num_heads=4,
+        crop_scale=(1.0, 1.0),
+    ).eval()
+
+
+@torch.no_grad()
+def test_hidden_words_depend_on_the_picture(module: mmssl.MMM, make_batch: Callable[..., Batch]) -> None:
+    batch = make_batch(module, 4)
+    before = module(batch).logits
+    pixels = batch.image.pixels.clone()
+    pixels[2] = 255 - pixels[2]
+    after = module(dataclasses.replace(batch, image=dataclasses.replace(batch.image, pixels=pixels))).logits
+    owner = torch.searchsorted(batch.text.cu_seqlens.long(), batch.text.hidden, right=True) - 1
+    change = (after - before).abs().amax(1)
+    assert (change[owner == 2] > 1e-4).all()
+    assert (change[owner != 2] < 1e-5).all()  # and on no other sample's picture
+
+
+@torch.no_grad()
+def test_hidden_patches_depend_on_the_text(module: mmssl.MMM, make_batch: Callable[..., Batch]) -> None:
+    batch = make_batch(module, 4)
+    before = module(batch).patches
+    ids = batch.text.input_ids.clone()
+    start, end = batch.text.cu_seqlens[1:3].tolist()
+    ids[start + 1 : end - 1] = ids[start + 1 : end - 1].flip(0)
+    after = module(dataclasses.replace(batch, text=dataclasses.replace(batch.text, input_ids=ids))).patches
+    change = (after - before).abs().amax((1, 2))
+    assert change[1] > 1e-5
+    assert (change[[0, 2, 3]] < 1e-6).all()
+
+
+@torch.no_grad()
+def test_hidden_pixels_do_not_leak(module: mmssl.MMM, make_batch: Callable[..., Batch]) -> None:
+    batch = make_batch(module, 4)
+    before = module(batch)
+    network = module.network
+    patches = network.pixels.patchify(batch.image.pixels.float())
+    index = batch.image.hidden.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
+    pixels = network.pixels.unpatchify(patches.scatter(1, index, 0.0), 32).byte()
+    after = module(dataclasses.replace(batch, image=dataclasses.replace(batch.image, pixels=pixels)))
+    torch.testing.assert_close(after.patches, before.patches)
+    torch.testing.assert_close(after.logits, before.logits)
+
+
+@torch.no_grad()
+def test_a_batch_equals_its_samples_one_at_a_time(module: mmssl.MMM, make_batch: Callable[..., Batch]) -> None:
+    batch = make_batch(module, 4)
+    whole = module.compare(module(batch), batch)
+    parts: dict[str, float] = {}
+    for i in range(4):
+        alone = make_batch(module, 4, valid=[j == i for j in range(4)])
+        alone.valid = torch.tensor([j == i for j in range(4)])
+        for name, (total, count) in module.compare(module(alone), alone).items():
+            parts[name] = parts.get(name, 0.0) + float(total)
+            parts[name + "#"] = parts.get(name + "#", 0.0) + float(count)
+    for name, (total, count) in whole.items():
+        assert parts[name] == pytest.approx(float(total), rel=1e-5)
+        assert parts[name + "#"] == float(count)
+    assert batch.counts == {name: int(whole[name].count) for name in ("text", "image")}
+
+
+def test_every_parameter_gets_a_gradient(module: mmssl.MMM, make_batch: Callable[..., Batch]) -> None:
+    batch = make_batch(module, 4)
+    sums = module.compare(module(batch), batch)
+    sum(sums[name].total / sums[name].count for name in module.loss_weights).backward()
+    without = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
