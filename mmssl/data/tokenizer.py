@@ -13,22 +13,23 @@ Axes: L  tokens of one text, special tokens included.
 """
 
 import functools
-import glob
 import os
 import re
 import string
-import tarfile
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-from braceexpand import braceexpand
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
+
+from mmssl.data.members import missing, sample_text
+from mmssl.data.shards import ShardSet
+from mmssl.types import BadSample
 
 # Loader workers encode one text at a time, so threads can only hurt; without this the library also warns at each fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -117,6 +118,8 @@ class TextTokenizer:
         self._backend = backend
         #: One more than the largest id, so that it is the size of the embedding table even where ids have gaps.
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        #: Every id that has a token and is not special: what a random replacement is drawn from.
+        self.ordinary_ids = np.array(sorted(set(backend.get_vocab().values()) - set(self.special_ids)), np.int64)
         self._special = frozenset(self.special_ids)
         _word_pattern()  # built here, not at the first text
 
@@ -311,56 +314,44 @@ def _checked(texts: Iterable[str]) -> Iterator[str]:
 
 
 def train_from_shards(
-    shards: str | Sequence[str],
-    out: str | Path,
+    shards: str | list[str] = "",
+    out: str = "tokenizer.json",
     vocab_size: int = 30522,
     model: Model = "wordpiece",
     lowercase: bool | None = None,
-) -> TextTokenizer:
-    """Train on the ``.txt`` members of tar shards: what ``mmssl tokenizer train`` calls.
+) -> None:
+    """Train on the texts of tar shards: what ``mmssl tokenizer train --shards 'pairs-*.tar'`` calls.
 
     Args:
-        shards: paths, globs or brace patterns ("data/pairs-{000000..000012}.tar"), one or a list, on local disk.
-        out, vocab_size, model, lowercase: as for ``train_tokenizer``; 30522 is BERT's size.
+        shards: paths, globs or brace patterns ("data/pairs-{000000..000012}.tar"), one or a list.
+        out: the tokenizer.json to write; must not exist.
+        vocab_size: entries wanted, the five special tokens included; 30522 is BERT's.
+        model: wordpiece, bpe or unigram.
+        lowercase: None means True for wordpiece and False for the others.
 
     Raises:
-        ValueError: nothing matches, a file is no tar, ``out`` exists, or there is no text.
+        ValueError: no shard matches, a shard is damaged, ``out`` exists, or there is no text.
     """
-    if Path(out).exists():
-        raise ValueError(f"{out} exists; a run may depend on it. Remove it, or give another --out.")
-    tars = _expand([shards] if isinstance(shards, str) else shards)
-    try:
-        return train_tokenizer(_texts_of(tars), vocab_size, out, model, lowercase)
-    except OSError as error:
-        raise ValueError(f"{out} cannot be written: {error.strerror}. Give another --out.") from error
-
-
-def _expand(patterns: Sequence[str]) -> list[str]:
-    tars: list[str] = []
-    for pattern in patterns:
-        found = [path for name in braceexpand(pattern) for path in (sorted(glob.glob(name)) or [name])]
-        missing = [path for path in found if not os.path.isfile(path)]
-        if missing:
-            raise ValueError(f"no shard matches {missing[0]!r} (from {pattern!r}, in {os.getcwd()}). Check --shards.")
-        tars += found
-    if not tars:
-        raise ValueError("no shards are named. Give --shards 'data/pairs-*.tar'.")
-    return tars
-
-
-def _texts_of(tars: list[str]) -> Iterator[str]:
-    found = 0
-    for path in tqdm(tars, desc="reading text", unit="shard", disable=None):  # None: silent off a terminal
-        try:
-            with tarfile.open(path, "r|*") as tar:
-                for member in tar:
-                    content = tar.extractfile(member) if member.name.lower().endswith(".txt") else None
-                    if content is not None:
-                        found += 1
-                        yield content.read().decode("utf-8", errors="replace")
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise ValueError(f"shard {path} is damaged or no tar file ({error}). Write or fetch it again.") from error
-    if not found:
+    if not shards:
+        raise ValueError("no shards are named; give --shards 'data/pairs-*.tar' (a path, glob, brace pattern or list)")
+    if os.path.exists(out):
+        raise ValueError(f"{out} exists and a run may depend on it; remove it, or give another --out")
+    data = ShardSet(shards)
+    if missing(["text"], data.extensions):
         raise ValueError(
-            f"no .txt member in {len(tars)} shards, {tars[0]} the first. Give shards with texts or captions."
+            f"none of the {len(data.shards)} shards holds a text (first: {data.shards[0].path}, with "
+            f"{', '.join(f'.{name}' for name in data.extensions)}); give shards with .txt members"
         )
+    try:
+        tokenizer = train_tokenizer(_texts_of(data), vocab_size, out, model, lowercase)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written ({error.strerror}); give another --out") from error
+    print(f"{out}: {model}, {tokenizer.vocab_size} tokens, from {len(data)} samples in {len(data.shards)} shards")
+
+
+def _texts_of(data: ShardSet) -> Iterator[str]:
+    for i in tqdm(range(len(data)), desc="reading texts", unit=" samples", disable=None):  # None: silent off a terminal
+        try:
+            yield sample_text(data.read(i))
+        except BadSample:
+            continue  # the training stream counts and names these; a vocabulary does not miss one
