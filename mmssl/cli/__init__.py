@@ -1,0 +1,173 @@
+"""The ``mmssl`` command: which subcommands there are, and what a person sees when something is wrong.
+
+Nothing here imports torch, so that ``mmssl --help`` is quick; a subcommand imports what it needs when it runs.
+
+What becomes one line and exit code 2 instead of a traceback:
+
+- while a run is being built: ValueError, OSError and Lightning's MisconfigurationException, because that is what
+  constructors raise for a value, a file or a combination that cannot be;
+- at any time: the exceptions that mmssl defines itself.
+
+Everything else is a bug and keeps its traceback.  ``MMSSL_TRACEBACK=1`` shows the traceback of every error.
+"""
+
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mmssl.cli.keys import OneLineParser, UsageError, nearest
+
+
+class Command(NamedTuple):
+    """A subcommand: its line in the help, and the function behind it as ``module:function`` (None: Lightning's)."""
+
+    help: str
+    function: str | None = None
+
+
+# A function's required parameters become positional arguments, the others --options; ``shards`` takes any number and
+# makes the others options.  To add a command, add a line.
+COMMANDS = {
+    "fit": Command("train: mmssl fit --config C.yaml [--run runs/NAME] [--resume] [--key value ...]"),
+    "validate": Command("measure a run on its validation data: mmssl validate --run runs/NAME"),
+    "test": Command("measure a run on its test data: mmssl test --run runs/NAME"),
+    "predict": Command("predict with a run: mmssl predict --run runs/NAME"),
+    "report": Command("print and save what a run has learnt: mmssl report runs/NAME", "mmssl.evaluation.report:report"),
+    "tokenizer train": Command("train a tokenizer on text", "mmssl.data.tokenizer:train_from_shards"),
+    "shards index": Command("index tar shards before training", "mmssl.cli.shards:index"),
+    "shards check": Command("look for damaged or incomplete shards", "mmssl.cli.shards:check"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0 finished, 1 a bug (with traceback), 2 something to correct, 75 preempted and saved, 130 Ctrl-C.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    state = {"building": True}
+    try:
+        return _run(args, state)
+    except KeyboardInterrupt:
+        print("mmssl: interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as stop:
+        return _exit_code(stop)
+    except Exception as error:
+        if os.environ.get("MMSSL_TRACEBACK") == "1":
+            raise
+        line = _for_a_person(error, state["building"])
+        if line is None:
+            raise
+        print(f"mmssl: error: {line}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _run(args: list[str], state: dict[str, bool]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if args[0] == "--version":
+        from mmssl import __version__
+
+        print(f"mmssl {__version__}")
+        return 0
+    name, rest = _split(args)
+    function = COMMANDS[name].function
+    if function is None:
+        from mmssl.cli.launch import launch
+
+        launch([name, *rest], state)
+    else:
+        _call(name, function, rest)
+    return 0
+
+
+def _split(args: list[str]) -> tuple[str, list[str]]:
+    """The command, of one word or two, and its arguments."""
+    for words in (2, 1):
+        name = " ".join(args[:words])
+        if name in COMMANDS:
+            return name, args[words:]
+    family = [name for name in COMMANDS if name.startswith(args[0] + " ")]
+    if family:
+        raise UsageError(f"mmssl {args[0]} needs one of: {', '.join(name.split()[1] for name in family)}")
+    raise UsageError(f"there is no command {args[0]!r}{nearest(args[0], COMMANDS)}; mmssl --help lists all")
+
+
+def _call(name: str, target: str, args: list[str]) -> None:
+    """Run a plain function with its parameters read from the command line."""
+    module, attribute = target.split(":")
+    function: Callable[..., object] = getattr(importlib.import_module(module), attribute)
+    parser = OneLineParser(prog=f"mmssl {name}", description=COMMANDS[name].help)
+    shards = "shards" in inspect.signature(function).parameters
+    parser.add_function_arguments(
+        function, as_group=False, as_positional=not shards, fail_untyped=False, skip={"shards"} if shards else None
+    )
+    if shards:  # what a shell makes of data/*.tar
+        parser.add_argument("shards", type=str, nargs="+", help="Paths, globs or brace patterns of tar shards.")
+    values = parser.instantiate_classes(parser.parse_args(args))
+    function(**{key: value for key, value in values.items() if key not in ("config", "__path__")})
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "mmssl: masked self-supervised pretraining on text, images and image-text pairs",
+            "",
+            "usage: mmssl COMMAND ...",
+            "",
+            *lines,
+            "",
+            "mmssl COMMAND --help lists a command's options, mmssl fit --config C.yaml --print_config the resolved",
+            "config, mmssl --version the version; MMSSL_TRACEBACK=1 shows where an error comes from.",
+        ]
+    )
+
+
+def _exit_code(stop: SystemExit) -> int:
+    checkpoint = getattr(stop, "checkpoint", None)  # a Preempted; its class lives behind an import of torch
+    if checkpoint is not None:
+        run = Path(checkpoint).parent.parent
+        print(
+            f"mmssl: {stop.signal_name}: stopped after step {stop.step}, saved {checkpoint}; "  # type: ignore[attr-defined]
+            f"to go on: mmssl fit --run {run} --resume",
+            file=sys.stderr,
+            flush=True,
+        )
+    if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns a second Ctrl-C into exit code 1
+        print("mmssl: interrupted, nothing saved", file=sys.stderr)
+        return 130
+    return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+def _for_a_person(error: Exception, building: bool) -> str | None:
+    """The one line for an error that a person can correct; None for a bug."""
+    while "Union subtypes" in str(error) and isinstance(error.__cause__ or error.__context__, Exception):
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]  # what a constructor said
+    # A loader worker's exception comes back as the same type with the worker's traceback for a message.
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].split(": ", 1)[-1]
+    if type(error).__module__.split(".")[0] == "mmssl":
+        return _joined(text)
+    if text.startswith("Error(s) in loading state_dict"):
+        return "the checkpoint does not fit the model; was the config changed since? " + _joined(text)[:300]
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if not building or not kinds & {"ValueError", "OSError", "MisconfigurationException"}:
+        return None
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = bool(frames) and f"{os.sep}mmssl{os.sep}" in frames[-1].filename
+    hint = "" if ours else f" ({type(error).__name__}; MMSSL_TRACEBACK=1 shows where)"
+    return (_joined(text) or type(error).__name__) + hint
+
+
+def _joined(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,301 @@
+"""``mmssl fit | validate | test | predict``: Lightning's CLI with a strict parser and one folder per run.
+
+A run's folder holds config.yaml, checkpoints/, metrics.csv, pictures/, wandb/.  A folder that holds a run is never
+written to by another one: ``--resume`` goes on with it, from its newest whole checkpoint, or ends with an error.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only
+
+from mmssl.cli.keys import Checker, UsageError, one_line, read_yaml
+from mmssl.training.callbacks.progress import Lines
+from mmssl.training.callbacks.throughput import Throughput
+from mmssl.training.checkpoint import AtomicCheckpointIO, Checkpoints, latest_checkpoint, step_of
+from mmssl.training.loggers import MetricsFile, Wandb
+from mmssl.training.preemption import Preemption
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_steps": -1,  # has to be given: the schedule ends there
+    "val_check_interval": 1000,  # training batches; the stream is endless, so there is no epoch to count in
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 1,
+    "log_every_n_steps": 20,
+    "use_distributed_sampler": False,  # the data module splits the stream over the ranks
+    "enable_model_summary": False,
+}
+
+
+def launch(args: list[str], state: dict[str, bool]) -> None:
+    """Run one of Lightning's subcommands; ``args`` begins with its name.
+
+    ``state["building"]`` becomes False when the first batch is about to be computed.
+    """
+    _quiet()
+    sys.path.append(os.getcwd())  # so that a config can name a class of one's own beside it; last, to shadow nothing
+    args = _with_config_of_run(args)
+    Launch(args, state)
+
+
+class Parser(LightningArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, "description": "mmssl", **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UsageError(one_line(message)) from ex
+
+
+class Launch(LightningCLI):
+    """One run of one subcommand."""
+
+    def __init__(self, args: list[str], state: dict[str, bool]) -> None:
+        from mmssl.data.datamodule import DataModule
+
+        self._args = args
+        self._state = state
+        self._configs = [(path, read_yaml(path)) for path in _config_paths(args)]
+        own_data = self._names_a_data_class()
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule if own_data else DataModule,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_kwargs={"prog": "mmssl"},
+            parser_class=Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=own_data,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    # ---- reading the config
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the one that runs: building Lightning's parsers is slow, and mmssl --help lists the others."""
+        return {self._args[0]: LightningCLI.subcommands()[self._args[0]]}
+
+    def _names_a_data_class(self) -> bool:
+        """Whether ``data`` is written as class_path and init_args; plainly, it holds mmssl.DataModule's arguments."""
+        written = [content.get("data") for _, content in self._configs if isinstance(content, dict)]
+        if any(isinstance(data, str) or (isinstance(data, dict) and "class_path" in data) for data in written):
+            return True
+        return any(name == "data" and "." in (value or "") for name, value in _options(self._args))
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        from jsonargparse import ActionYesNo
+
+        parser.add_argument("--run", type=str | None, default=None, help="The run's folder (default: runs/<config>).")
+        parser.add_argument("--resume", action=ActionYesNo, default=False, help="Go on from its newest checkpoint.")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        import mmssl
+
+        for name in mmssl.__all__ if any("." not in n for n in self._class_names()) else ():
+            getattr(mmssl, name)  # a class is found by its bare name once it is imported
+        bases = {"model": pl.LightningModule, "data": pl.LightningDataModule}
+        checker = Checker(self._subcommand_parsers[self._args[0]], bases)
+        for path, content in self._configs:
+            checker.config(content, path)
+        for name, value in _options(self._args[1:]):
+            if name not in ("config", "c", "print_config", "h", "help"):
+                checker.option(name, value)
+        self.config = parser.parse_args(args)
+
+    def _class_names(self) -> list[str]:
+        """The classes of the model as they are written in the configs and options."""
+        names = [value or "" for name, value in _options(self._args) if name in ("model", "model.class_path")]
+        for _, content in self._configs:
+            model = content.get("model") if isinstance(content, dict) else None
+            names.append(model if isinstance(model, str) else str((model or {}).get("class_path", ".")))
+        return names
+
+    def _parse_ckpt_path(self) -> None:
+        """Not as Lightning does: its checkpoint's hyperparameters would beat what the person asks for now."""
+
+    # ---- the run's folder
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        fit = self.subcommand == "fit"
+        self.folder = Path(config.run or _default_run(self._args))
+        self.checkpoint: str | None = config.ckpt_path
+        if fit and config.trainer.max_steps < 1 and not config.trainer.fast_dev_run:
+            raise UsageError(
+                "trainer.max_steps must be given: the number of optimizer steps, at the end of the schedule"
+            )
+        if config.resume and not fit:
+            raise UsageError(
+                f"--resume is for mmssl fit; mmssl {self.subcommand} takes the run's newest checkpoint anyway"
+            )
+        if config.resume and self.checkpoint:
+            raise UsageError("give --resume or --ckpt_path, not both")
+        if config.resume or (not fit and self.checkpoint is None):
+            if not self.folder.is_dir():
+                raise UsageError(f"there is no run at {self.folder}; give its folder with --run")
+            self.checkpoint = str(latest_checkpoint(self.folder, set_aside=fit and _is_rank_zero()))
+        if self.checkpoint is not None and not Path(self.checkpoint).is_file():
+            raise UsageError(f"there is no checkpoint {self.checkpoint}")
+        if config.resume and 0 < config.trainer.max_steps <= step_of(Path(self.checkpoint or "")):
+            print(f"mmssl: {self.folder} is at step {config.trainer.max_steps} already; it is finished", flush=True)
+            raise SystemExit(0)
+        if fit and not config.resume and _is_rank_zero():  # the other ranks start a little later and would see rank 0's
+            _refuse_a_run(self.folder)
+        if _is_rank_zero():
+            _make_folder(self.folder)
+
+    def before_fit(self) -> None:
+        if rank_zero_only.rank == 0 and not self.config.fit.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._save_config()
+
+    def _save_config(self) -> None:
+        """Write the resolved config; an earlier start's that differs stays as config.1.yaml, config.2.yaml, ..."""
+        config = self.config[self.subcommand].clone()
+        config.run = str(self.folder)
+        config.resume, config.ckpt_path = False, None
+        text = self._parser(self.subcommand).dump(config, skip_none=False)
+        path = self.folder / "config.yaml"
+        if path.is_file() and path.read_text() != text:
+            number = 1
+            while (self.folder / f"config.{number}.yaml").exists():
+                number += 1
+            path.rename(self.folder / f"config.{number}.yaml")
+        path.write_text(text)
+
+    # ---- the Trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> pl.Trainer:
+        config["default_root_dir"] = str(self.folder)
+        config["logger"] = self._loggers(config["logger"])
+        config["plugins"] = _plugins(config["plugins"])
+        own = config["callbacks"] or []
+        own = own if isinstance(own, list) else [own]
+        fit = self.subcommand == "fit"
+        saves = fit and not config["fast_dev_run"] and config["enable_checkpointing"] is not False
+        first: list[Callback] = [Throughput()] if fit else []
+        if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in own):
+            first.append(Lines())
+        last: list[Callback] = [_Started(self._state)]
+        for checkpoints in callbacks:
+            if isinstance(checkpoints, Checkpoints) and saves:
+                checkpoints.folder = self.folder / "checkpoints"
+                last += [checkpoints, Preemption(checkpoints)]
+        config["callbacks"] = [*first, *own, *last]
+        return self.trainer_class(**config)
+
+    def _loggers(self, asked: Any) -> list[Logger]:
+        if self.subcommand != "fit":
+            return [MetricsFile(self.folder / f"{self.subcommand}.csv")]
+        metrics = MetricsFile(self.folder / "metrics.csv")
+        if asked is False:
+            return [metrics]
+        if asked is None or asked is True:
+            asked = Wandb()
+        loggers = list(asked) if isinstance(asked, list | tuple) else [asked]
+        for logger in loggers:
+            if isinstance(logger, Wandb):
+                logger.set_folder(self.folder)
+        return [*loggers, metrics]
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        return {**kwargs, "ckpt_path": self.checkpoint, "weights_only": True}
+
+
+class _Started(Callback):
+    """Notes that building is over: what fails from here on is no longer a matter of the config."""
+
+    def __init__(self, state: dict[str, bool]) -> None:
+        self._state = state
+
+    def _note(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._state["building"] = False
+
+    on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = _note
+
+
+def _plugins(asked: Any) -> list[Any]:
+    plugins = list(asked) if isinstance(asked, list | tuple) else [asked] if asked is not None else []
+    if not any(isinstance(p, CheckpointIO) for p in plugins):
+        plugins.append(AtomicCheckpointIO())
+    if SLURMEnvironment.detect() and not any(isinstance(p, ClusterEnvironment) for p in plugins):
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's own saves inside the signal handler
+    return plugins
+
+
+def _is_rank_zero() -> bool:
+    return rank_zero_only.rank in (None, 0)  # type: ignore[attr-defined]
+
+
+def _refuse_a_run(folder: Path) -> None:
+    if not folder.is_dir():
+        return
+    checkpoints = [p for p in (folder / "checkpoints").glob("*") if not p.name.endswith(".tmp")]
+    if checkpoints or (folder / "metrics.csv").exists():
+        saved = f"with {len(checkpoints)} checkpoints" if checkpoints else "without a checkpoint"
+        remedy = "--resume goes on with it, " if checkpoints else ""
+        raise UsageError(f"{folder} already holds a run ({saved}); {remedy}--run runs/OTHER starts a new one")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(f"cannot write to the run's folder {folder}: {reason}; give another one with --run") from error
+
+
+# ---- the command line
+
+
+def _options(args: list[str]) -> list[tuple[str, str | None]]:
+    """The options as (name without dashes, value or None)."""
+    found: list[tuple[str, str | None]] = []
+    for i, arg in enumerate(args):
+        if not arg.startswith("-") or arg in ("-", "--") or arg[1:2].isdigit():
+            continue
+        name, equals, value = arg.lstrip("-").partition("=")
+        following = args[i + 1] if i + 1 < len(args) and not args[i + 1].startswith("--") else None
+        found.append((name, value if equals else following))
+    return found
+
+
+def _config_paths(args: list[str]) -> list[str]:
+    return [value for name, value in _options(args) if name in ("config", "c") and value]
+
+
+def _default_run(args: list[str]) -> str:
+    paths = _config_paths(args)
+    return f"runs/{Path(paths[0]).stem}" if paths else "runs/unnamed"
+
+
+def _with_config_of_run(args: list[str]) -> list[str]:
+    """``--run runs/NAME`` without ``--config`` takes the config that the run was started with."""
+    if _config_paths(args):
+        return args
+    run = next((value for name, value in _options(args) if name == "run"), None)
+    config = Path(run or "") / "config.yaml"
+    return [args[0], "--config", str(config), *args[1:]] if run and config.is_file() else args
+
+
+def _quiet() -> None:
+    """Keep Lightning's advertisements and notices out of the log; warnings that matter stay."""
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for pattern in (".*does not have many workers.*", ".*callbacks used to create the checkpoint.*"):
+        warnings.filterwarnings("ignore", pattern)
