@@ -57,7 +57,7 @@ class Packing:
     images: int  # number of samples with image tokens; 0 for text alone
     image_tokens: int  # per image
     text_tokens: int  # of the whole batch
-    cu_seqlens: Int[Tensor, " S+1"]  # of the packed axis, int32
+    cu_seqlens: Int[Tensor, " E"]  # of the packed axis, int32; E = S + 1
     max_seqlen: int
     groups: list[Group] | None  # None: varlen
     order: Int[Tensor, " R"] | None
