@@ -1,0 +1,63 @@
+"""What holds for every test: shapes are checked at run time, one thread, no network, no W&B account."""
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+for _name, _value in {
+    "OMP_NUM_THREADS": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ[_name] = _value
+for _name in ("WANDB_API_KEY", "MMSSL_TRACEBACK"):
+    os.environ.pop(_name, None)
+
+# Before anything of mmssl is imported: from here on every jaxtyping annotation in it is checked.
+assert "mmssl" not in sys.modules
+from jaxtyping import install_import_hook  # noqa: E402
+
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))  # for toy.py and typechecker.py
+install_import_hook("mmssl", "typechecker.check")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that needs another machine is a mistake: it fails on somebody's train ride."""
+    real: Callable[..., Any] = socket.socket.connect
+
+    def connect(self: socket.socket, address: Any) -> Any:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"tests have no network, and something connects to {address}")
+        return real(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+
+
+TOY_CONFIG = """
+model:
+  class_path: toy.ToyModule
+  init_args: {ratio: 0.5}
+data: {class_path: toy.ToyData}
+trainer: {max_steps: 20, log_every_n_steps: 5, val_check_interval: 10, accelerator: cpu, devices: 1, logger: false}
+"""
+
+
+@pytest.fixture
+def toy_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with toy.yaml, the config of a run that takes a moment."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    (tmp_path / "toy.yaml").write_text(TOY_CONFIG)
+    return tmp_path
