@@ -16,16 +16,17 @@ The same seed, options and package versions give the same bytes.
 """
 
 import argparse
+import functools
 import gc
 import json
-import multiprocessing
-import multiprocessing.pool
 import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def _run(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     counts: dict[str, Any] = {}
     workers = options.workers or _cores()
-    with multiprocessing.Pool(workers, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
         chosen = _stage("glyphs", counts, lambda: _choose(pool, fonts, options))
         captions = _stage("pairs", counts, lambda: _write_pairs(pool, chosen, options))
         texts = _stage("text", counts, lambda: _write_text(pool, options))
@@ -147,15 +148,13 @@ def _ready(options: argparse.Namespace, settings: dict[str, Any]) -> bool:
     return True
 
 
-def _choose(
-    pool: multiprocessing.pool.Pool, fonts: list[str], options: argparse.Namespace
-) -> tuple[dict[str, Any], Any]:
+def _choose(pool: ProcessPoolExecutor, fonts: list[str], options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """The glyphs to draw, per split, in the order in which they are written."""
     from demo_data import glyphs
 
     from mmssl.draws import Draws
 
-    surveys = dict(zip(fonts, _progress(pool.imap(glyphs.survey, fonts), len(fonts), "fonts"), strict=True))
+    surveys = dict(zip(fonts, _progress(pool.map(glyphs.survey, fonts), len(fonts), "fonts"), strict=True))
     found = glyphs.with_styles(surveys)
     order = Draws(0x70616972, options.seed).permutation(len(found))
     chosen: dict[str, list[Any]] = {"train": [], "val": []}
@@ -173,13 +172,13 @@ def _choose(
     return {"fonts": len(fonts), "glyphs": len(found), "characters": characters}, tasks
 
 
-def _write_pairs(pool: multiprocessing.pool.Pool, tasks: dict[str, list[Any]], options: argparse.Namespace) -> tuple:
+def _write_pairs(pool: ProcessPoolExecutor, tasks: dict[str, list[Any]], options: argparse.Namespace) -> tuple:
     jobs = [
         (str(options.out / f"pairs-{split}-{n:06d}.tar"), n, part, options.size, options.format, options.seed)
         for split in ("train", "val")
         for n, part in enumerate(_parts(tasks[split], PAIRS_PER_SHARD))
     ]
-    written = list(_progress(pool.imap(_pairs_shard, jobs), len(jobs), "shards"))
+    written = list(_progress(pool.map(_pairs_shard, jobs), len(jobs), "shards"))
     counts = {split: len(tasks[split]) for split in tasks}
     picture = round(sum(size for size, _ in written) / sum(counts.values()))
     captions = [
@@ -201,8 +200,8 @@ def _pairs_shard(job: tuple) -> tuple[int, list[str]]:
     def samples() -> Iterator[dict[str, Any]]:
         nonlocal pictures
         for glyph, k in tasks:
-            font = int.from_bytes(os.path.basename(glyph.font).encode()[-24:], "big")
-            sample = glyphs.sample(glyph, size, image_format, Draws(seed, glyph.codepoint, font % (1 << 61), k))
+            draws = Draws(seed, glyph.codepoint, _number(os.path.basename(glyph.font)), k)
+            sample = glyphs.sample(glyph, size, image_format, draws)
             pictures += len(sample[image_format])
             captions.append(sample["txt"])
             yield sample
@@ -211,13 +210,20 @@ def _pairs_shard(job: tuple) -> tuple[int, list[str]]:
     return pictures, captions
 
 
-def _write_text(pool: multiprocessing.pool.Pool, options: argparse.Namespace) -> tuple:
+@functools.cache
+def _number(name: str) -> int:
+    from mmssl.draws import mix
+
+    return mix(*name.encode())
+
+
+def _write_text(pool: ProcessPoolExecutor, options: argparse.Namespace) -> tuple:
     from demo_data import prose
 
     from mmssl.draws import Draws
 
     documents = prose.source_files()
-    found = pool.imap(prose.pieces_of, [path for _, path in documents], chunksize=16)
+    found = pool.map(prose.pieces_of, [path for _, path in documents], chunksize=16)
     seen: set[bytes] = set()
     pieces: dict[str, list[tuple[str, str]]] = {"train": [], "val": []}
     for (document, _), texts in zip(documents, _progress(found, len(documents), "files"), strict=True):
@@ -239,7 +245,7 @@ def _write_text(pool: multiprocessing.pool.Pool, options: argparse.Namespace) ->
             (str(options.out / f"text-{split}-{n:06d}.tar"), n, part)
             for n, part in enumerate(_parts(kept, TEXTS_PER_SHARD))
         ]
-    for _ in pool.imap(_text_shard, jobs):
+    for _ in pool.map(_text_shard, jobs):
         pass
     texts = [text for job in jobs if "-train-" in job[0] for _, text in job[2]]
     return counts | {"MB": _megabytes(jobs)}, texts
@@ -276,6 +282,8 @@ def _stage(name: str, counts: dict[str, Any], work: Callable[[], tuple[dict[str,
     started = time.perf_counter()
     try:
         numbers, result = work()
+    except BrokenProcessPool as error:
+        raise UserError(f"{name}: a worker was killed, perhaps for memory; run again with --workers 1") from error
     except OSError as error:
         raise UserError(f"{name}: {error.strerror} ({error.filename}); free space or give another --out") from error
     seconds = time.perf_counter() - started

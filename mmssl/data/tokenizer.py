@@ -88,7 +88,7 @@ class TextTokenizer:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise ValueError(
                 f"tokenizer {path}: cannot be read ({reason}). Train one with `mmssl tokenizer train "
-                "--shards 'TARS' --out tokenizer.json`, or give the path of a Hugging Face tokenizer.json."
+                "'data/*.tar' --out tokenizer.json`, or give the path of a Hugging Face tokenizer.json."
             ) from error
         self._load(serialized, str(path))
 
@@ -146,7 +146,7 @@ class TextTokenizer:
         """The text of token ids, special tokens left out."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def token(self, id: int) -> str:
+    def token(self, id: int | np.integer) -> str:
         """The token of an id as the vocabulary spells it ("##ing", "Ġthe", "▁the"); "" where ids have a gap."""
         return self._backend.id_to_token(int(id)) or ""
 
@@ -199,7 +199,7 @@ def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
     path: str | Path,
-    model: Model = "wordpiece",
+    model: str = "wordpiece",
     lowercase: bool | None = None,
 ) -> TextTokenizer:
     """Train a tokenizer, write it to ``path`` and load it.
@@ -320,7 +320,7 @@ def train_from_shards(
     model: Model = "wordpiece",
     lowercase: bool | None = None,
 ) -> None:
-    """Train on the texts of tar shards: what ``mmssl tokenizer train --shards 'pairs-*.tar'`` calls.
+    """Train on the texts of tar shards: what ``mmssl tokenizer train`` calls.
 
     Args:
         shards: paths, globs or brace patterns ("data/pairs-{000000..000012}.tar"), one or a list.
@@ -333,7 +333,7 @@ def train_from_shards(
         ValueError: no shard matches, a shard is damaged, ``out`` exists, or there is no text.
     """
     if not shards:
-        raise ValueError("no shards are named; give --shards 'data/pairs-*.tar' (a path, glob, brace pattern or list)")
+        raise ValueError("no shards are named; give paths, a glob or a brace pattern of tar files")
     if os.path.exists(out):
         raise ValueError(f"{out} exists and a run may depend on it; remove it, or give another --out")
     data = ShardSet(shards)

@@ -102,7 +102,7 @@ def sample(glyph: Glyph, size: int, image_format: str, draws: Draws) -> dict[str
         "char": character,
         "codepoint": f"U+{glyph.codepoint:04X}",
         "name": name_of(character),
-        "font": " ".join(_font(glyph.font, SURVEY_PIXELS).getname()),
+        "font": " ".join(filter(None, _font(glyph.font, SURVEY_PIXELS).getname())),
         "script": script_of(character),
         "case": case_of(character),
         "weight": glyph.style.weight,
