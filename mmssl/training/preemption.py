@@ -107,16 +107,15 @@ class Preemption(Callback):
         if threading.current_thread() is threading.main_thread():
             for signum, before in self._before.items():
                 signal.signal(signum, before if before is not None else signal.SIG_DFL)
-        self._before = {}
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             # A forked loader worker.  Ctrl-C reaches the whole group; the parent decides when workers stop.
             if signum == signal.SIGTERM:
-                _default(signum)
+                self._as_before(signum, frame)
             return
-        if not self._active:  # Lightning put this handler back after we left
-            _default(signum)
+        if not self._active:  # after an exception Lightning puts this handler back, when we are done already
+            self._as_before(signum, frame)
         elif self.received is not None and signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt
@@ -126,9 +125,10 @@ class Preemption(Callback):
             # os.write: print may be in the middle of a line when the signal comes, and is not reentrant.
             os.write(2, f"\nmmssl: {signal.Signals(signum).name}: saving after this step{again}\n".encode())
 
-
-def _default(signum: int) -> None:
-    if signum == signal.SIGINT:
-        raise KeyboardInterrupt
-    signal.signal(signum, signal.SIG_DFL)
-    os.kill(os.getpid(), signum)
+    def _as_before(self, signum: int, frame: FrameType | None) -> None:
+        before = self._before.get(signum, signal.SIG_DFL)
+        if callable(before):
+            before(signum, frame)
+        elif before == signal.SIG_DFL:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
