@@ -10,7 +10,7 @@ def mix(*values: int) -> int:
     """Hash integers to 64 bits (SplitMix64's finaliser, folded over the values)."""
     state = 0x9E3779B97F4A7C15
     for value in values:
-        state = (state ^ (value & _WORD)) & _WORD
+        state = (state ^ (int(value) & _WORD)) & _WORD
         state = (state + 0x9E3779B97F4A7C15) & _WORD
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD

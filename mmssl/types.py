@@ -2,7 +2,7 @@
 
 Axes:
     B  samples of this rank's batch          T  text tokens of the batch, packed on one axis
-    C, H, W  channels, height, width         S  segments of a packed axis (B, or B + 1 with padding)
+    C, H, W  channels, height, width         S  segments of a packed axis (B, or B + 1 with padding); E = S + 1
     N  patches of a picture                  M  hidden text tokens of the batch
     V  visible patches, U hidden patches (V + U = N, the same for every sample)
     D  width of the backbone                 P  prefix tokens of the backbone (class, registers)
@@ -11,7 +11,7 @@ Never a bare ``mask``: papers disagree on its sign.  ``visible`` and ``hidden`` 
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -45,16 +45,19 @@ class Sample:
     members: dict[str, bytes]
 
 
+Moved = TypeVar("Moved", bound="_Movable")  # not Self, which beartype cannot check method by method
+
+
 class _Movable:
     """Moves every tensor of a dataclass; Lightning and the DataLoader look for these two names."""
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
+    def to(self: Moved, *args: Any, **kwargs: Any) -> Moved:
         return self._map(lambda value: value.to(*args, **kwargs))
 
-    def pin_memory(self) -> Self:
+    def pin_memory(self: Moved) -> Moved:
         return self._map(lambda value: value.pin_memory())
 
-    def _map(self, move: Any) -> Self:
+    def _map(self: Moved, move: Any) -> Moved:
         changes = {}
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
@@ -82,7 +85,7 @@ class Text(_Movable):
     """
 
     input_ids: Int[Tensor, " T"]
-    cu_seqlens: Int[Tensor, " S+1"]
+    cu_seqlens: Int[Tensor, " E"]
     max_seqlen: int
     hidden: Int[Tensor, " M"]
     labels: Int[Tensor, " M"]
@@ -117,6 +120,7 @@ class Loss(NamedTuple):
     count: Float[Tensor, ""] | Int[Tensor, ""]
 
 
+@runtime_checkable
 class Prepare(Protocol):
     """The half of an objective that runs in the loader's workers.  Must be picklable and hold no weights."""
 
@@ -139,7 +143,7 @@ def ceil_to(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def segment_ids(cu_seqlens: Int[Tensor, " S+1"], total: int) -> Int[Tensor, " T"]:
+def segment_ids(cu_seqlens: Int[Tensor, " E"], total: int) -> Int[Tensor, " T"]:
     """The segment of every token of a packed axis, without a device synchronisation."""
     lengths = cu_seqlens.diff()
     return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=total)

@@ -18,6 +18,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from mmssl.types import Text, segment_ids
 
+_SHORT = 256  # tokens; beyond, the quadratic memory of written-out products costs more than it saves
+
 
 class Group(NamedTuple):
     """``number`` neighbouring segments of ``length`` tokens each."""
@@ -157,9 +159,23 @@ class Packing:
         # split, not slices: its backward is one concatenation instead of one zero-filled tensor per group.
         for group, *qkv in zip(self.groups, *(x.split(sizes, 2) for x in (q, k, v)), strict=True):
             dense = [x[0].unflatten(1, group).transpose(0, 1) for x in qkv]  # number, heads, length, d
-            parts.append(F.scaled_dot_product_attention(*dense).transpose(1, 2).flatten(0, 1))
+            parts.append(_attend_dense(*dense).transpose(1, 2).flatten(0, 1))
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)  # R, heads, d: what the projection reads
         return rows.transpose(0, 1)[None]
+
+
+def _attend_dense(
+    q: Float[Tensor, "b h N d"], k: Float[Tensor, "b h N d"], v: Float[Tensor, "b h N d"]
+) -> Float[Tensor, "b h N d"]:
+    """Attention of equally long segments.
+
+    For short segments in half precision on a CPU the products are written out: the backward pass of torch's fused
+    kernel takes 2 ms a call there however short they are (tools/bench_attention.py measures both).
+    """
+    if v.device.type == "cpu" and v.dtype != torch.float32 and v.shape[2] <= _SHORT:
+        weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), -1)
+        return (weights.to(v.dtype) @ v).to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def _check(cu_seqlens: list[int], rows: int, max_seqlen: int) -> None:

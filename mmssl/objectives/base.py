@@ -21,7 +21,7 @@ from mmssl.data.images import RandomResizedCrop, ResizeCenterCrop, decode_image
 from mmssl.data.members import sample_image, sample_text
 from mmssl.data.tokenizer import TextTokenizer
 from mmssl.draws import Draws
-from mmssl.masking.image import ImageStrategy, check_image_strategy, hide_patches, num_visible
+from mmssl.masking.image import ImageStrategy, check_image_strategy, hide_patches
 from mmssl.masking.text import HiddenTokens, TextStrategy, check_text_strategy, hide_tokens
 from mmssl.training.module import Completion, split_by_sample
 from mmssl.types import BadSample, Image, Loss, Sample, Text, ceil_to
@@ -134,15 +134,11 @@ class PrepareImage:
 
 
 def check_image_masking(grid_size: tuple[int, int], ratio: float, strategy: str) -> None:
-    """Raises ValueError for an unknown strategy, a ratio outside (0, 1), or a grid too small to hide anything."""
+    """Raises ValueError for an unknown strategy, a ratio outside (0, 1), or a picture of one patch."""
     check_image_strategy(strategy)
     check_ratio("mask_ratio of the image", ratio)
-    patches = grid_size[0] * grid_size[1]
-    if num_visible(patches, ratio) == patches:
-        raise ValueError(
-            f"mask_ratio {ratio} hides none of the {patches} patches; "
-            "raise it, or take smaller patches or larger pictures"
-        )
+    if grid_size == (1, 1):
+        raise ValueError("the picture is one single patch, which cannot be both seen and hidden; take smaller patches")
 
 
 def check_text_masking(tokenizer: TextTokenizer, vocab_size: int | None, ratio: Ratio, strategy: str) -> None:
@@ -177,7 +173,7 @@ class TextHead(nn.Module):
 
 
 class Pixels(nn.Module):
-    """uint8 pictures to normalised floats, and to and from patches."""
+    """uint8 pictures to normalised floats, and to and from patches of K = p * p * C numbers."""
 
     def __init__(
         self, mean: tuple[float, ...], std: tuple[float, ...], patch_size: int, normalize_patches: bool
@@ -196,21 +192,21 @@ class Pixels(nn.Module):
         """Normalised floats back to [0, 1]."""
         return (pixels * self.std + self.mean).clamp(0, 1)
 
-    def patchify(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N p*p*C"]:
+    def patchify(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N K"]:
         """MAE's order: patches row by row, within a patch row, column, channel."""
         b, c, h, w = pixels.shape
         p = self.patch_size
         x = pixels.reshape(b, c, h // p, p, w // p, p)
         return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // p) * (w // p), p * p * c)
 
-    def unpatchify(self, patches: Float[Tensor, "B N p*p*C"], height: int) -> Float[Tensor, "B C H W"]:
+    def unpatchify(self, patches: Float[Tensor, "B N K"], height: int) -> Float[Tensor, "B C H W"]:
         b, n, d = patches.shape
         p = self.patch_size
         h, w = height // p, n // (height // p)
         x = patches.reshape(b, h, w, p, p, d // p**2)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(b, d // p**2, h * p, w * p)
 
-    def targets(self, pixels: Float[Tensor, "B C H W"], ids: Int[Tensor, "B U"]) -> Float[Tensor, "B U p*p*C"]:
+    def targets(self, pixels: Float[Tensor, "B C H W"], ids: Int[Tensor, "B U"]) -> Float[Tensor, "B U K"]:
         """What is to be predicted: the patches, each with zero mean and unit variance if ``normalize_patches``."""
         target = take(self.patchify(pixels), ids)
         if self.normalize_patches:
@@ -219,7 +215,7 @@ class Pixels(nn.Module):
         return target
 
     def complete(
-        self, pixels: Float[Tensor, "B C H W"], image: Image, prediction: Float[Tensor, "B U p*p*C"]
+        self, pixels: Float[Tensor, "B C H W"], image: Image, prediction: Float[Tensor, "B U K"]
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
         """(what was visible on grey, the picture with its hidden patches predicted), both in [0, 1].
 

@@ -57,7 +57,7 @@ class PrepareMMM:
 
 
 class PairPrediction(NamedTuple):
-    logits: Float[Tensor, "M V"]
+    logits: Float[Tensor, "M W"]
     patches: Float[Tensor, "B U K"]
 
 

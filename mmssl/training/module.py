@@ -231,7 +231,7 @@ def _metric_name(name: str, weights: dict[str, float]) -> str:
 
 
 def split_by_sample(
-    values: Int[Tensor, " M"], positions: Int[Tensor, " M"], cu_seqlens: Int[Tensor, " S+1"], samples: int
+    values: Int[Tensor, " M"], positions: Int[Tensor, " M"], cu_seqlens: Int[Tensor, " E"], samples: int
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Hand values at packed positions back to their samples: (values, positions within the text) per sample."""
     owner = torch.searchsorted(cu_seqlens.to(positions.dtype), positions, right=True) - 1

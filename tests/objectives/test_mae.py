@@ -6,6 +6,7 @@ import torch
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 import mmssl
+from mmssl.objectives.base import check_image_masking
 from mmssl.types import Batch, Image
 
 
@@ -121,7 +122,6 @@ def test_patches_go_there_and_back() -> None:
     [
         ({"mask_ratio": 0.0}, "mask_ratio of the image is 0.0"),
         ({"mask_ratio": 1.0}, "mask_ratio of the image is 1.0"),
-        ({"masking": "blok"}, "image masking 'blok' is unknown; use one of random, block"),
         ({"backbone_options": {"image_size": 32}}, "backbone_options has no 'image_size'; did you mean 'img_size'"),
         ({"backbone_options": {"img_size": 100}}, "100"),
         ({"backbone": "vit_bas_patch16_224"}, "vit_base_patch16_224"),
@@ -147,3 +147,13 @@ def test_completion_shows_the_visible_patches_unchanged(make_batch: object, tiny
         np.testing.assert_allclose(seen[row, visible], original[row, visible], atol=1e-6)
         np.testing.assert_allclose(completed[row, visible], original[row, visible], atol=1e-6)
         assert (seen[row, hidden] - 0.5).abs().max() < 1e-6
+
+
+def test_an_unknown_strategy_is_named() -> None:
+    with pytest.raises(ValueError, match="image masking 'blok' is unknown; use one of random, block, multi_block"):
+        check_image_masking((4, 4), 0.5, "blok")
+
+
+def test_a_picture_of_one_patch_is_refused() -> None:
+    with pytest.raises(ValueError, match="one single patch"):
+        check_image_masking((1, 1), 0.5, "random")

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import mmssl
-from mmssl.types import Batch
+from mmssl.draws import Draws
+from mmssl.objectives.base import check_text_masking, ratio_at
+from mmssl.types import Batch, Sample
 
 
 @pytest.fixture
@@ -62,8 +64,6 @@ def test_padded_samples_hide_nothing(module: mmssl.MLM, make_batch: Callable[...
 
 
 def test_a_scheduled_ratio_moves_in_a_straight_line(tokenizer_path: str, tiny: dict[str, object]) -> None:
-    from mmssl.objectives.base import ratio_at
-
     assert ratio_at(0.2, 5, 10) == 0.2
     assert [round(ratio_at((0.5, 0.1), i, 5), 6) for i in range(6)] == [0.5, 0.4, 0.3, 0.2, 0.1, 0.1]
     module = mmssl.MLM(tokenizer_path, "vit_tiny_patch16_224", tiny, mask_ratio=(0.4, 0.15))
@@ -71,9 +71,6 @@ def test_a_scheduled_ratio_moves_in_a_straight_line(tokenizer_path: str, tiny: d
 
 
 def test_long_texts_give_windows_that_keep_their_special_tokens(tokenizer_path: str, tiny: dict[str, object]) -> None:
-    from mmssl.draws import Draws
-    from mmssl.types import Sample
-
     module = mmssl.MLM(tokenizer_path, "vit_tiny_patch16_224", tiny, max_tokens=16)
     words = ["red", "green", "blue", "grey"]
     text = " ".join(words[i % 4] for i in range(200))
@@ -101,7 +98,6 @@ def test_long_texts_give_windows_that_keep_their_special_tokens(tokenizer_path: 
     [
         ({"mask_ratio": 1.5}, "mask_ratio of the text is 1.5"),
         ({"mask_ratio": (0.3, 0.0)}, "mask_ratio of the text is 0.0"),
-        ({"masking": "words"}, "text masking 'words' is unknown"),
         ({"vocab_size": 30522}, "vocab_size is 30522 but the tokenizer"),
         ({"tokenizer": "nowhere.json"}, "nowhere.json"),
     ],
@@ -109,3 +105,8 @@ def test_long_texts_give_windows_that_keep_their_special_tokens(tokenizer_path: 
 def test_errors(tokenizer_path: str, tiny: dict[str, object], arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mmssl.MLM(**{"tokenizer": tokenizer_path, "backbone_options": tiny, **arguments})
+
+
+def test_an_unknown_strategy_is_named(module: mmssl.MLM) -> None:
+    with pytest.raises(ValueError, match="text masking 'words' is unknown; use one of random, whole_word, span"):
+        check_text_masking(module.tokenizer, None, 0.3, "words")

@@ -1,0 +1,226 @@
+"""``mmssl report RUN``: what a joint model has learnt, as a table, one PNG and one JSON."""
+
+import json
+import os
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mmssl.data.shards import ShardSet
+from mmssl.data.tokenizer import whole_words
+from mmssl.draws import Draws
+from mmssl.evaluation.masked import ALL, MaskedScores, masked_prediction
+from mmssl.training.callbacks.pictures import draw_grid
+from mmssl.training.checkpoint import latest_checkpoint
+from mmssl.types import Batch, Sample
+
+# What the demo's captions say of their words; other names are shown as they are.
+_TITLES = {
+    "easy": "easy: colours",
+    "middling": "middling: script, case, style",
+    "hard": "hard: which letter or sign",
+    "other": "function words",
+}
+
+
+def report(run: str, samples: int = 2000, rounds: int = 1, seed: int = 0, pictures: int = 8) -> None:
+    """Measure a run's newest checkpoint on its validation pairs.
+
+    Words are hidden as in training while the picture is whole, and guessed with the right picture and with another
+    sample's; hidden patches are compared with painting the mean colour of the visible ones.  Writes report.json and
+    report.png into the run's folder.
+
+    Args:
+        run: the run's folder.
+        samples: how many validation pairs to use, spread evenly; all if there are fewer.
+        rounds: how often each caption is hidden, with other words each time.
+        seed: of what is hidden and of the wrong pictures.
+        pictures: rows of the grid.
+
+    Raises:
+        ValueError: the folder holds no run of a joint model, or one without validation data.
+    """
+    started = time.monotonic()
+    folder = Path(run)
+    module, config = load_run(folder)
+    if not {"image", "text"} <= set(module.prepare(train=False).needs):
+        raise ValueError(
+            f"run {run} is a {type(module).__name__}; the report needs image-text pairs (mmssl.MMM). "
+            "For other runs see metrics.csv in the folder, or mmssl validate"
+        )
+    if not config["data"].get("val"):
+        raise ValueError(f"run {run} has no validation data; give data.val in its config.yaml")
+    module.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    shards = ShardSet(config["data"]["val"])
+    count = min(samples, len(shards))
+    chosen = [shards.read(i * len(shards) // count) for i in range(count)]
+    progress = _Progress(count * rounds)
+    with torch.autocast(module.device.type, torch.bfloat16):
+        scores = masked_prediction(module, chosen, kinds_of_words, seed=seed, rounds=rounds, progress=progress)
+        batch = _preview(module, chosen, pictures, seed)
+        with torch.no_grad():
+            grid = draw_grid(module.complete(batch), module.tokenizer)
+    result = {
+        "run": str(folder),
+        "step": module.report_step,
+        "pairs": count,
+        "words": {kind: score.summary() for kind, score in scores.words.items()},
+        "patches": scores.patches.summary(),
+        "speed": _speed(folder),
+        "seconds": round(time.monotonic() - started, 1),
+        "versions": _versions(),
+    }
+    (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+    _draw(scores, grid, folder / "report.png")
+    print(_table(result, folder, config))
+
+
+def load_run(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The module of a run with its newest checkpoint's weights, and the run's resolved config.
+
+    Raises:
+        ValueError: no config.yaml or no checkpoint in the folder.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run: there is no config.yaml; name the folder given to mmssl fit --run")
+    config = yaml.safe_load(path.read_text())
+    home, name = config["model"]["class_path"].rsplit(".", 1)
+    arguments = dict(config["model"].get("init_args") or {})
+    if (folder / "tokenizer.json").is_file() and "tokenizer" in arguments:
+        arguments["tokenizer"] = str(folder / "tokenizer.json")
+    module = getattr(import_module(home), name)(**arguments)
+    checkpoint_path = latest_checkpoint(folder / "checkpoints", say=lambda line: print(line, file=sys.stderr))
+    checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+    module.load_state_dict(checkpoint["state_dict"])
+    module.report_step = checkpoint["global_step"]
+    return module, config
+
+
+def kinds_of_words(sample: Sample) -> list[str]:
+    """The kind of each whole word of a caption: from the sample's .json where it says so (the demo's does)."""
+    text = sample.members.get("txt", b"").decode()
+    if "json" in sample.members:
+        words = json.loads(sample.members["json"]).get("words")
+        if isinstance(words, list) and all(isinstance(entry, list) and len(entry) == 2 for entry in words):
+            return [str(kind) for _, kind in words]
+    return ["words"] * len(whole_words(text))
+
+
+def _preview(module: Any, samples: list[Sample], rows: int, seed: int) -> Batch:
+    prepare = module.prepare(train=False)
+    rows = min(rows, len(samples))
+    chosen = [samples[i * len(samples) // rows] for i in range(rows)]
+    batch: Batch = prepare.collate([prepare.sample(s, Draws(seed, i), 0) for i, s in enumerate(chosen)])
+    batch.keys = [s.key for s in chosen]
+    return batch.to(module.device)
+
+
+class _Progress:
+    """A line every few seconds."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.last = total, 0, time.monotonic()
+
+    def __call__(self, n: int) -> None:
+        self.done += n
+        if time.monotonic() - self.last > 5:
+            self.last = time.monotonic()
+            print(f"report: {self.done} of {self.total} pairs", flush=True)
+
+
+def _speed(folder: Path) -> dict[str, float]:
+    """Medians of what the run logged about its speed."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        return {}
+    import csv
+    from statistics import median
+
+    columns: dict[str, list[float]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for key, value in row.items():
+                if key.startswith("speed/") and value:
+                    columns.setdefault(key.removeprefix("speed/"), []).append(float(value))
+    return {key: round(median(values), 4) for key, values in columns.items()}
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("mmssl", "torch", "lightning", "timm")
+    return {name: version(name) for name in names} | {"python": sys.version.split()[0], "cores": str(os.cpu_count())}
+
+
+def _rows(words: dict[str, Any]) -> list[tuple[str, Any]]:
+    order = [ALL, *_TITLES, *sorted(set(words) - set(_TITLES) - {ALL})]
+    return [(_TITLES.get(kind, kind), words[kind]) for kind in order if kind in words]
+
+
+def _table(result: dict[str, Any], folder: Path, config: dict[str, Any]) -> str:
+    width = max(len(title) for title, _ in _rows(result["words"])) + 2
+    lines = [
+        "",
+        f"What {folder} has learnt after {result['step']} steps, on {result['pairs']} validation pairs",
+        "",
+        f"{'hidden words guessed':<{width}}{'right picture':>15}{'wrong picture':>15}{'gain':>12}{'words':>8}",
+    ]
+    lines += [
+        f"{title:<{width}}{row['right_picture']:>13.1f} %{row['wrong_picture']:>13.1f} %{row['gain']:>+8.1f} pts"
+        f"{row['words']:>8}"
+        for title, row in _rows(result["words"])
+    ]
+    patches = result["patches"]
+    if patches["patches"]:
+        lines += [
+            "",
+            f"hidden patches, squared error: {patches['model']:.4f}, painting the mean colour: "
+            f"{patches['mean_colour']:.4f}, ratio {patches['ratio']:.2f}",
+        ]
+    if speed := result["speed"]:
+        lines += ["", "speed (medians): " + ", ".join(f"{key} {value:g}" for key, value in speed.items())]
+    lines += [
+        "",
+        f"figures   {folder / 'report.json'}",
+        f"picture   {folder / 'report.png'}",
+        f"training  {folder / 'metrics.csv'}, {folder / 'pictures'}/, {folder / 'checkpoints'}/",
+        "",
+        "next:",
+        f"  mmssl validate --run {folder}",
+        f"  mmssl report {folder} --rounds 3                       # less noise in the table",
+        "  mmssl fit --config configs/demo/mae.yaml                 # pictures alone",
+        "  mmssl fit --config configs/demo/mlm.yaml                 # text alone",
+        "  mmssl fit --config configs/mmm.yaml --print_config       # the recipe for GPUs, with every option",
+    ]
+    return "\n".join(lines)
+
+
+def _draw(scores: MaskedScores, grid: Any, path: Path) -> None:
+    """One picture: the grid of completions above, the table as bars below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    rows = _rows({kind: score.summary() for kind, score in scores.words.items()})
+    figure = Figure(figsize=(grid.width / 100, 3.2), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    places = range(len(rows))
+    axes.bar([i - 0.2 for i in places], [row["right_picture"] for _, row in rows], 0.4, label="right picture")
+    axes.bar([i + 0.2 for i in places], [row["wrong_picture"] for _, row in rows], 0.4, label="wrong picture")
+    axes.set_xticks(list(places), [title.replace(": ", ":\n") for title, _ in rows], fontsize=8)
+    axes.set_ylabel("hidden words guessed, %")
+    axes.set_ylim(0, 100)
+    axes.legend(frameon=False)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    bars = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+    whole = Image.new("RGB", (max(grid.width, bars.width), grid.height + bars.height), "white")
+    whole.paste(grid, (0, 0))
+    whole.paste(bars, (0, grid.height))
+    whole.save(path)
