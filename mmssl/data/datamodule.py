@@ -13,7 +13,7 @@ from mmssl.data.order import check_world, choose_lanes
 from mmssl.data.shards import ShardSet
 from mmssl.data.stream import EvalSet, Source, TrainStream
 from mmssl.data.tar import ShardError
-from mmssl.types import BadSample, Prepare
+from mmssl.types import BadSample, Batch, Prepare
 
 
 class SourceConfig(TypedDict):
@@ -105,7 +105,7 @@ class DataModule(LightningDataModule):
             for name, source in self.train.items():
                 shards = ShardSet(source["shards"])
                 _check_members(shards, prepare, type(module).__name__)
-                sources.append(Source(name, shards, source.get("weight", 1.0)))
+                sources.append(Source(name, shards, float(source.get("weight", 1.0))))
             self._train = TrainStream(
                 sources,
                 prepare,
@@ -155,6 +155,15 @@ class DataModule(LightningDataModule):
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
+
+    def preview(self, samples: int) -> Batch | None:
+        """The same few validation samples on every rank, for pictures; None without validation data."""
+        if self._val is None:
+            return None
+        few = self._val.samples
+        shards = few.sources[0].shards
+        count = min(samples, len(shards))
+        return EvalSet(shards, few.prepare, seed=self.seed, batch_size=count, limit=count).batch(0)
 
     def _loader(self, data: TrainStream | EvalSet) -> Loader:
         assert self.trainer is not None

@@ -27,7 +27,7 @@ from mmssl.types import BadSample
 Interpolation = Literal["bicubic", "bilinear"]
 
 # Only formats that Pillow decodes itself: its EPS reader, for one, starts a program.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _PILLOW_ERRORS = (
     OSError,
     SyntaxError,
@@ -75,7 +75,7 @@ def _decode_jpeg(data: bytes, max_pixels: int, short_side: int | None) -> NDArra
             return None
         wanted = {} if short_side is None else _scaled(height, width, short_side)
         pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", **wanted)
-    except ValueError as error:
+    except (ValueError, KeyError) as error:  # KeyError: a colour space that simplejpeg does not know
         if "remature end" in str(error):
             raise BadSample("truncated", str(error)) from None
         return None
@@ -85,9 +85,10 @@ def _decode_jpeg(data: bytes, max_pixels: int, short_side: int | None) -> NDArra
     return pixels
 
 
-def _scaled(height: int, width: int, short_side: int) -> dict[str, float]:
-    factor = min(8, min(height, width) // short_side)
-    return {"min_factor": 2 ** int(math.log2(factor))} if factor >= 2 else {}
+def _scaled(height: int, width: int, short_side: int) -> dict[str, int]:
+    # Powers of two are the scales with fast code; the decoder takes the smallest picture that fulfils all three.
+    factor = 2 ** int(math.log2(max(1, min(8, min(height, width) // short_side))))
+    return {"min_factor": factor, "min_height": -(-height // factor), "min_width": -(-width // factor)}
 
 
 def _jpeg_orientation(data: bytes) -> int:

@@ -16,7 +16,7 @@ import struct
 import tempfile
 import zlib
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -109,7 +109,7 @@ def index_shard(path: str) -> ShardIndex:
     index = _build(path, members, skipped, stat.st_size, stat.st_mtime_ns)
     for place in places:
         if _store(index, place):
-            return replace(index, file=place, body=None)
+            return _load(path, place) or index
     return index
 
 

@@ -1,11 +1,12 @@
 """The loader between a stream and Lightning: workers, their signals, accumulation windows, clear errors."""
 
+import multiprocessing
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
-from types import FrameType
 from typing import Literal
 
 import torch
@@ -28,20 +29,26 @@ def default_workers(processes: int) -> int:
     return max(1, min(8, share - 1))
 
 
-def _survive_once(number: int, frame: FrameType | None) -> None:
-    # A cluster sends TERM to all processes of a job, but the main process needs its batches until it has saved.
-    # The main process ends its workers by other means, and a second TERM ends this one.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def start_worker(worker: int) -> None:
-    """Undo what a worker inherited: one that ran the main process's handlers would save and requeue on its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _survive_once)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    """Undo what a worker inherited: one that ran the main process's handlers would save and requeue on its own.
+
+    A cluster sends its signals to all processes of a job, but the main process needs its batches until it has
+    saved.  So a worker ignores them all, but for a TERM that comes from the main process itself.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # only the thread below takes it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS - {signal.SIGTERM})
+    threading.Thread(target=_await_term, name="await-term", daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _await_term() -> None:
+    main = multiprocessing.parent_process()
+    while main is not None:
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == main.pid:
+            os._exit(128 + signal.SIGTERM)
 
 
 class Loader:
@@ -109,10 +116,13 @@ class Loader:
         finally:
             if blocked is not None:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        for batch in iterator:
-            if not isinstance(batch, Batch):
-                raise batch
-            yield batch
+        try:
+            for batch in iterator:
+                if not isinstance(batch, Batch):
+                    raise batch
+                yield batch
+        finally:
+            del iterator  # ends the workers now, not when the traceback is forgotten
 
     def close(self) -> None:
         """End the workers that wait for another pass."""

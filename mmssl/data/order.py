@@ -194,7 +194,7 @@ class Mixture:
         weights: above 0, in any unit.
     """
 
-    def __init__(self, weights: Sequence[float]) -> None:
+    def __init__(self, weights: Sequence[float | int]) -> None:
         exact = [Fraction(weight).limit_denominator(1_000_000) for weight in weights]
         if not exact or min(exact) <= 0:
             raise ValueError(f"weights are {list(weights)}; every source needs a weight above 0")

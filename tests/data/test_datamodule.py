@@ -1,0 +1,217 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from toys import ToyImage, ToyText, jpeg, number, write_shards
+from webdataset import TarWriter
+
+from mmssl.data.datamodule import DataModule
+from mmssl.data.tar import ShardError
+from mmssl.types import Batch, Prepare
+
+
+class Recorder(LightningModule):
+    """Notes what it is trained on; counts optimizer steps as the objectives do."""
+
+    def __init__(self, prepare: Prepare | None = None, stop_after: int | None = None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.half, self.stop_after = prepare or ToyText(), stop_after
+        self.seen: list[tuple[int, list[str], int]] = []
+        self.validated: list[str] = []
+
+    def prepare(self, train: bool) -> Prepare:
+        return self.half
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        content = batch.text.hidden if batch.text is not None else batch.image.pixels.int()  # type: ignore[union-attr]
+        self.seen.append((batch.index, batch.keys, int(content.sum())))
+        return self.weight * 1.0
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self.trainer.datamodule.trained(batch.index + 1)  # type: ignore[attr-defined]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        assert batch.valid is not None
+        self.validated += [key for key, valid in zip(batch.keys, batch.valid.tolist(), strict=True) if valid]
+
+    test_step = predict_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(folder: Path, **options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return Trainer(**{**quiet, "enable_checkpointing": False, "default_root_dir": str(folder), **options})
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    return write_shards(tmp_path / "texts", 50)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resume_is_exact_across_an_epochs_end(tmp_path: Path, texts: str, workers: int, accumulate: int) -> None:
+    def data(workers: int = workers) -> DataModule:
+        return DataModule(texts, val=texts, batch_size=8, num_workers=workers, seed=5)
+
+    def run(module: Recorder, steps: int, **options: Any) -> Trainer:
+        made = trainer(tmp_path, max_steps=steps, accumulate_grad_batches=accumulate, limit_val_batches=2)
+        made.fit(module, data(), **options)
+        return made
+
+    whole, first, second = Recorder(), Recorder(), Recorder()
+    run(whole, 10)
+    checkpoint = str(tmp_path / "a.ckpt")
+    run(first, 3).save_checkpoint(checkpoint)  # 50 samples, 8 a batch: the epoch ends in batch 6
+    state = torch.load(checkpoint, weights_only=True)["DataModule"]
+    assert state["batches"] == 3 * accumulate
+    assert set(state) == {"seed", "batches", "batch_size", "lanes", "fingerprint"}
+    run(second, 10, ckpt_path=checkpoint)
+    assert [index for index, _, _ in whole.seen] == list(range(10 * accumulate))
+    assert first.seen + second.seen == whole.seen
+
+
+def test_a_new_lightning_epoch_goes_on(tmp_path: Path, texts: str) -> None:
+    module = Recorder()
+    made = trainer(tmp_path, max_steps=9, limit_train_batches=3)
+    made.fit(module, DataModule(texts, batch_size=8, num_workers=1))
+    assert [index for index, _, _ in module.seen] == list(range(9))
+
+
+def test_validate_test_and_predict(tmp_path: Path, texts: str) -> None:
+    data = DataModule("not-there.tar", val=texts, batch_size=8, num_workers=1)
+    for run in ("validate", "test", "predict"):
+        module = Recorder()
+        getattr(trainer(tmp_path), run)(module, data)
+        assert sorted(map(number, module.validated)) == list(range(50))
+    few = DataModule(texts, val=texts, batch_size=8, num_workers=0, val_samples=5, val_batch_size=2)
+    module = Recorder()
+    trainer(tmp_path).validate(module, few)
+    assert [number(key) for key in module.validated] == [0, 10, 20, 30, 40]
+
+
+def test_training_alone_and_images(tmp_path: Path) -> None:
+    module = Recorder(ToyImage())
+    pattern = write_shards(tmp_path / "pictures", 20, pictures=True)
+    trainer(tmp_path, max_steps=2).fit(module, DataModule(pattern, batch_size=4, num_workers=0))
+    assert len(module.seen) == 2
+
+
+def test_mixture(tmp_path: Path) -> None:
+    sources = {
+        name: {"shards": write_shards(tmp_path / name, 20, prefix=name), "weight": weight}
+        for name, weight in (("a", 3.0), ("b", 1.0))
+    }
+    module = Recorder()
+    trainer(tmp_path, max_steps=40).fit(module, DataModule(sources, batch_size=4, num_workers=0))  # type: ignore[arg-type]
+    assert sum(keys[0].rpartition("/")[2].startswith("a") for _, keys, _ in module.seen) == 30
+
+
+def test_bad_samples_are_listed_in_the_runs_folder(tmp_path: Path) -> None:
+    with TarWriter(str(tmp_path / "a.tar")) as writer:
+        for i in range(10):
+            writer.write({"__key__": f"{i:06d}", "jpg": jpeg(i)[: 200 if i == 3 else None], "txt": "x"})
+    module = Recorder(ToyImage())
+    data = DataModule(str(tmp_path / "a.tar"), batch_size=10, num_workers=0)
+    trainer(tmp_path / "run", max_steps=1).fit(module, data)
+    (line,) = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()[:1]
+    assert json.loads(line)["key"] == "000003"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 6}, r"data\.seed was 5 in the checkpoint, now 6.*set data\.seed: 5 to go on"),
+        ({"batch_size": 16, "lanes": 8}, r"data\.batch_size was 8 in the checkpoint, now 16"),
+        ({"lanes": 4}, r"data\.lanes was 8 in the checkpoint, now 4"),
+        ({"train": "other"}, r"shards were .*\(50 samples in 3 shards\).* now .*\(40 samples in 3 shards\)"),
+    ],
+)
+def test_a_checkpoint_of_other_data_is_refused(
+    tmp_path: Path, texts: str, change: dict[str, Any], message: str
+) -> None:
+    if "train" in change:
+        change = {"train": write_shards(tmp_path / "other", 40)}
+    options = {"train": texts, "batch_size": 8, "num_workers": 0, "seed": 5}
+    made = trainer(tmp_path, max_steps=1)
+    made.fit(Recorder(), DataModule(**options))  # type: ignore[arg-type]
+    made.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, max_steps=2).fit(
+            Recorder(),
+            DataModule(**{**options, **change}),  # type: ignore[arg-type]
+            ckpt_path=str(tmp_path / "a.ckpt"),
+        )
+
+
+def test_shards_must_hold_what_the_objective_needs(tmp_path: Path, texts: str) -> None:
+    def fit(train: str, prepare: Prepare) -> None:
+        data = DataModule(train, batch_size=4, num_workers=0)
+        trainer(tmp_path, max_steps=1).fit(Recorder(prepare), data)
+
+    with pytest.raises(ShardError, match=r"00000\.tar: has no image \(found: txt\); Recorder needs image") as caught:
+        fit(texts, ToyImage())
+    assert "\n" not in str(caught.value)
+    pictures = str(tmp_path / "p.tar")
+    with TarWriter(pictures) as writer:
+        writer.write({"__key__": "a", "jpg": jpeg(0), "json": {"url": "x"}})
+    with pytest.raises(ShardError, match=r"p\.tar: has no \.txt, and sample a no caption in its json"):
+        fit(pictures, ToyText())
+    with pytest.raises(ShardError, match=r"nothing\.tar: not found"):
+        fit(str(tmp_path / "nothing.tar"), ToyText())
+    with pytest.raises(ValueError, match=r"data\.val is not set"):
+        trainer(tmp_path).validate(Recorder(), DataModule(texts, batch_size=4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"lanes": 3}, "lanes is 3"),
+        ({"num_workers": -1}, "num_workers is -1"),
+        ({"prefetch_factor": 0}, "prefetch_factor is 0"),
+        ({"budget": 1.5}, "budget is 1.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"train": {}}, "train names no source"),
+        ({"train": {"a": {"shard": "x"}}}, "source 'a' has"),
+        ({"train": {"a": {"shards": "x", "weight": 0.0}}}, "source 'a' has weight 0"),
+    ],
+)
+def test_constructor_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataModule(**{"train": "a.tar", "batch_size": 8, **options})
+
+
+def test_two_ranks_share_every_batch(tmp_path: Path, texts: str) -> None:
+    """Two real processes under DDP train on what one process trains on, and resume on one."""
+    script = f"""
+import sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_datamodule import *
+module = Recorder()
+made = trainer(Path({str(tmp_path)!r}), max_steps=4, devices=2, strategy="ddp")
+made.fit(module, DataModule({texts!r}, val={texts!r}, batch_size=8, num_workers=1))
+made.save_checkpoint({str(tmp_path / "two.ckpt")!r})
+torch.save((module.seen, module.validated), {str(tmp_path)!r} + f"/rank{{made.global_rank}}.pt")
+"""
+    (tmp_path / "run.py").write_text(script)
+    subprocess.run([sys.executable, str(tmp_path / "run.py")], check=True, capture_output=True, timeout=120)
+    parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    whole = Recorder()
+    trainer(tmp_path, max_steps=4).fit(whole, DataModule(texts, batch_size=8, num_workers=0))
+    for a, b, one in zip(parts[0][0], parts[1][0], whole.seen, strict=True):
+        assert a[0] == b[0] == one[0]
+        assert len(a[1]) == len(b[1]) == 4
+        assert sorted(a[1] + b[1]) == sorted(one[1])
+    again = Recorder()
+    data = DataModule(texts, batch_size=8, num_workers=0)
+    trainer(tmp_path, max_steps=6).fit(again, data, ckpt_path=str(tmp_path / "two.ckpt"))
+    assert [index for index, _, _ in again.seen] == [4, 5]

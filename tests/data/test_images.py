@@ -1,0 +1,234 @@
+import io
+import math
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torchvision.transforms import v2
+from toys import jpeg
+
+from mmssl.data.images import RandomResizedCrop, ResizeCenterCrop, decode_image
+from mmssl.draws import Draws
+from mmssl.types import BadSample
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> PIL.Image.Image:
+    rough = np.random.default_rng(0).integers(0, 256, (5, 5, 4), np.uint8)
+    return PIL.Image.fromarray(rough, "RGBA").resize(size, PIL.Image.Resampling.BICUBIC).convert(mode)
+
+
+def encode(image: PIL.Image.Image, format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def pillow(data: bytes) -> np.ndarray:
+    return np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def hwc(image: torch.Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 40}, {"subsampling": 0}, {"mode": "L"}])
+def test_jpegs_equal_pillows(options: dict[str, Any]) -> None:
+    options = dict(options)
+    data = encode(picture(options.pop("mode", "RGB")), "JPEG", **options)
+    image = decode_image(data)
+    assert image.dtype == torch.uint8
+    assert image.shape == (3, 30, 40)
+    assert image.stride() == (1, 3 * 40, 3)
+    assert np.abs(hwc(image).astype(int) - pillow(data)).max() <= 1
+
+
+def test_cmyk() -> None:
+    data = encode(picture("CMYK"), "JPEG", quality=100)
+    np.testing.assert_array_equal(hwc(decode_image(data)), pillow(data))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
+@pytest.mark.parametrize("format", ["PNG", "GIF", "BMP", "TIFF"])
+def test_other_formats_equal_pillows(mode: str, format: str) -> None:
+    data = encode(picture().convert(mode), format)
+    np.testing.assert_array_equal(hwc(decode_image(data)), pillow(data))
+
+
+def test_webp() -> None:
+    data = encode(picture(), "WEBP", lossless=True)
+    np.testing.assert_array_equal(hwc(decode_image(data)), np.asarray(picture()))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_over_white(mode: str) -> None:
+    image = picture(mode)
+    pixels = np.asarray(image.convert("RGBA")).astype(float)
+    expected = pixels[..., :3] * pixels[..., 3:] / 255 + 255 - pixels[..., 3:]
+    assert np.abs(hwc(decode_image(encode(image, "PNG"))) - expected).max() <= 1
+
+
+def test_transparent_palette() -> None:
+    image = PIL.Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putdata([0, 1])
+    assert hwc(decode_image(encode(image, "PNG", transparency=1))).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+
+
+def test_sixteen_bits_lose_the_low_byte() -> None:
+    values = np.array([[0, 255, 256, 65535, 0x80FF]], np.uint16)
+    image = decode_image(encode(PIL.Image.fromarray(values), "PNG"))
+    assert image[0].tolist() == image[2].tolist() == [[0, 0, 1, 255, 128]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
+def test_exif_orientation(orientation: int, format: str) -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture(), format, exif=exif)
+    image = decode_image(data)
+    upright = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data))).convert("RGB")
+    assert np.abs(hwc(image).astype(int) - np.asarray(upright)).max() <= 1
+    assert image.stride(0) == 1
+
+
+def test_animation_gives_its_first_frame() -> None:
+    frames = [PIL.Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for format in ("GIF", "WEBP"):
+        data = encode(frames[0], format, save_all=True, append_images=frames[1:], lossless=True)
+        assert hwc(decode_image(data))[0, 0].tolist() == pytest.approx([255, 0, 0], abs=2)
+
+
+def test_scaled_decoding_keeps_the_short_side() -> None:
+    data = encode(picture(size=(640, 400)), "JPEG")
+    assert decode_image(data, short_side=100).shape == (3, 100, 160)
+    assert decode_image(data, short_side=101).shape == (3, 200, 320)
+    assert decode_image(data, short_side=201).shape == (3, 400, 640)
+    assert decode_image(data, short_side=1).shape == (3, 50, 80)
+
+
+def test_bad_pictures_have_a_reason() -> None:
+    bomb = encode(PIL.Image.new("1", (20_000, 20_000)), "PNG")
+    big_jpeg = encode(PIL.Image.new("L", (9000, 9000)), "JPEG")
+    photo, png = jpeg(0, (200, 200)), encode(picture(), "PNG")
+    for data, reason in [
+        (b"", "empty_image"),
+        (b"<html>not found</html>", "not_an_image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(canary) run", "not_an_image"),
+        (bomb, "too_large"),
+        (big_jpeg, "too_large"),
+        (photo[: len(photo) // 2], "truncated"),
+        (png[: len(png) - 30], "truncated"),
+        (photo[:20], None),
+        (b"\xff\xd8" + b"\0" * 500, None),
+        (png[:40] + b"\xff" * 60 + png[100:], None),
+    ]:
+        with pytest.raises(BadSample) as caught:
+            decode_image(data)
+        assert reason in (None, caught.value.reason), caught.value
+
+
+def test_mutated_pictures_decode_or_are_bad() -> None:
+    rng = np.random.default_rng(0)
+    sources = [jpeg(1), encode(picture(), "PNG"), encode(picture("P"), "GIF"), encode(picture(), "WEBP")]
+    sources.append(encode(picture(), "TIFF"))
+    for i in range(1000):
+        data = bytearray(sources[i % len(sources)])
+        for at in rng.integers(0, len(data), 1 + i % 4):
+            data[at] = int(rng.integers(256))
+        try:
+            image = decode_image(bytes(data[: int(rng.integers(1, len(data)))] if i % 7 == 0 else data))
+        except BadSample:
+            continue
+        assert image.shape[0] == 3
+
+
+# ---- crops
+
+
+def test_crops_are_distributed_as_torchvisions() -> None:
+    """Place, size, area and ratio, for three shapes of picture; the middle one often needs the fallback."""
+    for height, width in [(60, 80), (40, 200), (50, 50)]:
+        ours = RandomResizedCrop(16)
+        theirs = v2.RandomResizedCrop(16, scale=(0.2, 1.0))
+        torch.manual_seed(0)
+        image = torch.empty(3, height, width, dtype=torch.uint8)
+        samples = 4000
+        a = np.array([ours.box(height, width, Draws(i).uniform(23)) for i in range(samples)], float)
+        drawn = [theirs.make_params([image]) for _ in range(samples)]
+        b = np.array([(p["top"], p["left"], p["height"], p["width"]) for p in drawn], float)
+        for x, y in [
+            *((a[:, k], b[:, k]) for k in range(4)),
+            (a[:, 2] * a[:, 3], b[:, 2] * b[:, 3]),
+            (np.log(a[:, 3] / a[:, 2]), np.log(b[:, 3] / b[:, 2])),
+        ]:
+            # Kolmogorov and Smirnov's distance of two samples; the bound is passed once in 10,000 times.
+            grid = np.union1d(x, y)
+            cdfs = [np.searchsorted(np.sort(v), grid, side="right") / samples for v in (x, y)]
+            assert np.abs(cdfs[0] - cdfs[1]).max() < 2.23 * math.sqrt(2 / samples)
+
+
+def test_crop_fallback_equals_torchvisions() -> None:
+    for height, width in [(10, 400), (400, 10), (7, 8)]:
+        never = np.full(23, 1 - 1e-9)  # the largest area at the widest ratio never fits
+        theirs = v2.RandomResizedCrop(16, scale=(1.0, 1.0), ratio=(3 / 4, 4 / 3))
+        p = theirs.make_params([torch.empty(3, height, width, dtype=torch.uint8)])
+        box = RandomResizedCrop(16, scale=(1.0, 1.0)).box(height, width, never)
+        if (height, width) != (7, 8):
+            assert box == (p["top"], p["left"], p["height"], p["width"])
+
+
+def test_crop_resizes_as_torchvision_and_flips_half() -> None:
+    image = decode_image(encode(picture(size=(80, 60)), "PNG"))
+    crop = RandomResizedCrop(32)
+    flips = 0
+    for i in range(200):
+        numbers = Draws(1, i).uniform(23)
+        top, left, height, width = crop.box(60, 80, numbers)
+        expected = v2.functional.resized_crop(
+            image.contiguous(), top, left, height, width, [32, 32], v2.InterpolationMode.BICUBIC, antialias=True
+        )
+        flipped = numbers[22] < 0.5
+        flips += flipped
+        got = crop(image, Draws(1, i))
+        assert got.shape == (3, 32, 32)
+        assert got.dtype == torch.uint8
+        assert (got.int() - (expected.flip(-1) if flipped else expected).int()).abs().max() <= 1
+    assert 70 < flips < 130
+    assert torch.equal(crop(image, Draws(5)), crop(image, Draws(5)))
+
+
+def test_a_crop_that_covers_the_picture_changes_nothing() -> None:
+    image = decode_image(encode(picture(size=(24, 24)), "PNG"))
+    crop = RandomResizedCrop(24, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=False)
+    assert torch.equal(crop(image, Draws(0)), image)
+    assert torch.equal(ResizeCenterCrop(24)(image, Draws(0)), image)
+
+
+@pytest.mark.parametrize("size", [(80, 60), (60, 80), (31, 500), (32, 32), (7, 9)])
+@pytest.mark.parametrize("short_side", [None, 40])
+def test_center_crop_equals_torchvisions(size: tuple[int, int], short_side: int | None) -> None:
+    image = decode_image(encode(picture(size=size), "PNG"))
+    got = ResizeCenterCrop(32, short_side)(image, Draws(0))
+    resized = v2.functional.resize(image.contiguous(), [short_side or 32], v2.InterpolationMode.BICUBIC, antialias=True)
+    assert got.shape == (3, 32, 32)
+    if resized.shape[1] == 32 or resized.shape[2] == 32 or short_side:
+        expected = v2.functional.center_crop(resized, [32, 32])
+        assert (got.int() - expected.int()).abs().float().mean() < 12  # half a pixel of rounding
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RandomResizedCrop(0), "img_size is 0"),
+        (lambda: RandomResizedCrop(8, scale=(0.5, 0.2)), "scale is"),
+        (lambda: RandomResizedCrop(8, scale=(0.0, 2.0)), "scale is"),
+        (lambda: RandomResizedCrop(8, ratio=(2.0, 1.0)), "ratio is"),
+        (lambda: ResizeCenterCrop(8, short_side=4), "short_side is 4"),
+    ],
+)
+def test_constructors_refuse(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

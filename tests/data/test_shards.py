@@ -1,0 +1,324 @@
+import io
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toys import write_shards
+from webdataset import TarWriter
+
+from mmssl.data import index as index_module
+from mmssl.data.index import index_shard, split_name
+from mmssl.data.shards import ShardSet, expand
+from mmssl.data.tar import ShardError, open_shard, scan
+
+
+def tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> str:
+    with tarfile.open(path, "w", format=format) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+# ---- naming shards
+
+
+def test_expand(tmp_path: Path) -> None:
+    for name in ["a-08.tar", "a-09.tar", "a-10.tar", "b.tar", "c.txt"]:
+        (tmp_path / name).touch()
+    here = str(tmp_path)
+    assert expand(f"{here}/a-{{08..10}}.tar") == [f"{here}/a-{n}.tar" for n in ("08", "09", "10")]
+    assert expand(f"{here}/*.tar") == [f"{here}/{n}.tar" for n in ("a-08", "a-09", "a-10", "b")]
+    assert expand([f"{here}/{{b,a-10}}.tar"]) == [f"{here}/b.tar", f"{here}/a-10.tar"]
+    assert expand(here) == expand(f"{here}/*.tar")
+    assert expand(f"file://{here}/b.tar") == [f"{here}/b.tar"]
+    assert len(expand(f"{here}/{{x,y}}-{{0..4}}.tar")) == 10
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("nothing-*.tar", r"no shard matches 'nothing-\*.tar'"),
+        ([], "no shards are named"),
+        (["a.tar", "./a.tar"], "named twice"),
+        ("pipe:touch canary", "pipe: would run a command"),
+        ("PIPE:touch canary", "pipe: would run a command"),
+        ("s3://bucket/a.tar", "s3: is not read directly yet"),
+        ("gopher://a.tar", "unknown scheme gopher:"),
+        ("a-{3..1}.tar", "does not count upwards"),
+        ("a-{1..9.tar", "braces do not match"),
+    ],
+)
+def test_expand_refuses(
+    pattern: str | list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        expand(pattern)
+    assert not (tmp_path / "canary").exists()
+
+
+# ---- reading
+
+
+def test_reads_what_webdataset_wrote(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    written = [
+        {"__key__": f"{i:09d}", "jpg": rng.bytes(int(rng.integers(0, 3000))), "txt": f"{i}".encode(), "json": b"{}"}
+        for i in range(50)
+    ]
+    for shard in range(2):
+        with TarWriter(str(tmp_path / f"{shard}.tar")) as writer:
+            for sample in written[shard * 25 : shard * 25 + 25]:
+                writer.write(sample)
+    shards = ShardSet(str(tmp_path / "{0..1}.tar"))
+    assert len(shards) == 50
+    assert shards.extensions == {"jpg": 50, "txt": 50, "json": 50}
+    for copy in [shards, pickle.loads(pickle.dumps(shards)), ShardSet(str(tmp_path))]:  # noqa: S301
+        for i in [49, 0, 25, 24, 7]:
+            sample = copy.read(i)
+            assert sample.key == written[i]["__key__"]
+            assert sample.shard == str(tmp_path / f"{i // 25}.tar")
+            assert sample.members == {k: v for k, v in written[i].items() if k != "__key__"}
+    with pytest.raises(IndexError):
+        shards.read(50)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tar_formats_and_long_names(tmp_path: Path, format: int) -> None:
+    folder = "f" * 90
+    members = [(f"{folder}/{'g' * 60}/{i}.txt", bytes([i]) * i * 300) for i in range(5)]
+    if format != tarfile.USTAR_FORMAT:
+        members += [(f"{'n' * 300}.txt", b"long"), ("schöne-ü.txt", b"utf-8")]
+    shards = ShardSet(tar(tmp_path / "a.tar", members, format))
+    assert [shards.read(i).key + ".txt" for i in range(len(shards))] == [name for name, _ in members]
+    assert [shards.read(i).members["txt"] for i in range(len(shards))] == [content for _, content in members]
+
+
+def test_names_are_split_as_webdataset_splits_them() -> None:
+    from webdataset.tariterators import base_plus_ext
+
+    for name in ["a.jpg", "a.b.jpg", "x/y.z/a.seg.PNG", "a", "x.y/a", "a.", "000/000.txt"]:
+        base, extension = base_plus_ext(name)
+        assert split_name(name) == (None if not extension else (base, extension.lower()))
+    assert split_name("./a.jpg") == ("a", "jpg")
+
+
+def test_every_odd_member_has_a_defined_outcome(tmp_path: Path) -> None:
+    path = tmp_path / "odd.tar"
+    with tarfile.open(path, "w") as archive:
+
+        def add(name: str, content: bytes = b"", type: bytes = tarfile.REGTYPE, link: str = "") -> None:
+            info = tarfile.TarInfo(name)
+            info.size, info.type, info.linkname = len(content), type, link
+            archive.addfile(info, io.BytesIO(content))
+
+        add("folder", type=tarfile.DIRTYPE)
+        add("a.txt", b"first a")
+        add("b.txt", b"b")
+        add("a.JPG", b"joins, though not adjacent")
+        add("a.txt", b"second a")  # has a txt already: a new sample
+        add("__meta__.json", b"no")
+        add(".hidden.txt", b"no")
+        add("x/._b.txt", b"no")
+        add("../escape.txt", b"no")
+        add("README", b"no")
+        add("link.txt", type=tarfile.SYMTYPE, link="/etc/passwd")
+        add("hard.txt", type=tarfile.LNKTYPE, link="a.txt")
+        add("device.txt", type=tarfile.CHRTYPE)
+        add("c.pkl", b"cos\nsystem\n(S'touch canary'\ntR.")
+    shards = ShardSet(str(path))
+    read = [shards.read(i) for i in range(len(shards))]
+    assert [(s.key, dict(s.members)) for s in read] == [
+        ("a", {"txt": b"first a", "jpg": b"joins, though not adjacent"}),
+        ("b", {"txt": b"b"}),
+        ("a", {"txt": b"second a"}),
+        ("c", {"pkl": b"cos\nsystem\n(S'touch canary'\ntR."}),
+    ]
+    skipped = {"folder": 1, "hidden": 4, "no extension": 1, "link": 1, "hard link": 1, "device": 1}
+    assert shards.skipped == skipped
+
+
+# ---- damage
+
+
+def test_bad_shards_give_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "zero.tar").touch()
+    (tmp_path / "text.tar").write_bytes(b"this is not a tar " * 100)
+    (tmp_path / "zip.tar").write_bytes(b"\x1f\x8b" + bytes(1000))
+    tar(tmp_path / "none.tar", [])
+    tar(tmp_path / "readme.tar", [("README", b"x")])
+    good = tar(tmp_path / "good.tar", [("a.txt", b"x")])
+    joined = Path(good).read_bytes() * 2
+    (tmp_path / "joined.tar").write_bytes(joined)
+    for name, message in {
+        "missing": "not found",
+        "zero": "is empty",
+        "text": "is not a tar",
+        "zip": "compressed .gzip.*unpack",
+        "none": "holds no sample",
+        "readme": "holds no sample .found: 1 x no extension",
+        "joined": "behind the end mark at byte 1024",
+    }.items():
+        with pytest.raises(ShardError, match=message) as caught:
+            ShardSet(str(tmp_path / f"{name}.tar"))
+        assert f"{name}.tar" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    folder = tmp_path / "folder.tar"
+    folder.mkdir()
+    with pytest.raises(ShardError, match=r"folder\.tar"):
+        index_shard(str(folder))
+
+
+def test_a_tar_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "whole.tar"
+    tar(path, [(f"{'x' * 60}{i}.txt", bytes(range(200)) * (i + 1)) for i in range(4)], tarfile.PAX_FORMAT)
+    data = path.read_bytes()
+    end = 512 * max(i for i in range(len(data) // 512) if any(data[512 * i : 512 * i + 512])) + 512
+    cut = tmp_path / "cut.tar"
+    for length in sorted({*range(0, end + 512, 512), *range(100, end, 512), *range(511, end, 1023)}):
+        cut.write_bytes(data[:length])
+        if length >= end + 512:  # only the padding behind the end mark is gone
+            assert len(_scan(cut)) == 4
+            continue
+        with pytest.raises(ShardError, match=r"cut off at byte|is empty"):
+            _scan(cut)
+
+
+def test_every_damaged_header_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "whole.tar"
+    tar(path, [(f"{i}.txt", b"y" * 100 * i) for i in range(5)], tarfile.GNU_FORMAT)
+    data = path.read_bytes()
+    headers = [member.offset - 512 for member in _scan(path)]
+    damaged = tmp_path / "damaged.tar"
+    rng = np.random.default_rng(0)
+    for header in headers:
+        for place in [0, 1, 124, 134, 148, 156, *rng.integers(157, 512, 10).tolist()]:
+            bytes_ = bytearray(data)
+            bytes_[header + place] ^= 0x41
+            damaged.write_bytes(bytes_)
+            with pytest.raises(ShardError, match=r"damaged at byte|is not a tar"):
+                _scan(damaged)
+        zeroed = data[:header] + bytes(512) + data[header + 512 :]
+        damaged.write_bytes(zeroed)
+        with pytest.raises(ShardError, match="behind the end mark"):
+            _scan(damaged)
+
+
+def test_random_damage_never_shortens_in_silence(tmp_path: Path) -> None:
+    """Whatever changes in the file: either it is refused, or all samples are still found (content was hit)."""
+    path = tmp_path / "whole.tar"
+    tar(path, [(f"{'n' * 120}{i}.txt", b"z" * 700) for i in range(4)], tarfile.PAX_FORMAT)
+    data = path.read_bytes()
+    sizes = [(m.offset, m.size) for m in _scan(path)]
+    mutant = tmp_path / "mutant.tar"
+    rng = np.random.default_rng(1)
+    for _ in range(400):
+        bytes_ = bytearray(data)
+        at = int(rng.integers(0, len(data)))
+        length = int(rng.choice([1, 4, 100, 600]))
+        bytes_[at : at + length] = rng.bytes(len(bytes_[at : at + length]))
+        mutant.write_bytes(bytes_[: int(rng.integers(1, len(data)))] if rng.random() < 0.2 else bytes_)
+        try:
+            found = _scan(mutant)
+        except ShardError:
+            continue
+        assert [(m.offset, m.size) for m in found] == sizes
+
+
+def _scan(path: Path) -> list:
+    fd = open_shard(str(path))
+    try:
+        return scan(fd, str(path))[0]
+    finally:
+        os.close(fd)
+
+
+# ---- the stored index
+
+
+def test_index_is_stored_beside_and_trusted_until_the_tar_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tar(tmp_path / "a.tar", [("a.txt", b"1"), ("b.txt", b"2")])
+    first = index_shard(path)
+    assert first.file == path + ".idx"
+    scans = []
+    monkeypatch.setattr(index_module, "scan", lambda *arguments: scans.append(1) or scan(*arguments))
+    assert index_shard(path).digest == first.digest
+    assert not scans
+    Path(path + ".idx").write_bytes(Path(path + ".idx").read_bytes()[:-3])  # half a file is not believed
+    assert index_shard(path).digest == first.digest
+    assert len(scans) == 1
+    tar(tmp_path / "a.tar", [("a.txt", b"1"), ("b.txt", b"2"), ("c.txt", b"3")])
+    assert index_shard(path).samples == 3
+    assert len(scans) == 2
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".idx-")] == []
+
+
+def test_without_a_right_to_write_the_index_goes_to_the_cache_or_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tar(tmp_path / "a.tar", [("a.txt", b"1"), ("b.txt", b"2")])
+    real = index_module.tempfile.mkstemp
+    refused = {str(tmp_path)}
+
+    def mkstemp(prefix: str, dir: str) -> tuple[int, str]:
+        if dir in refused:
+            raise PermissionError(13, "Permission denied")
+        return real(prefix=prefix, dir=dir)
+
+    cache = tmp_path.parent / (tmp_path.name + "-cache")
+    monkeypatch.setattr(index_module.tempfile, "mkstemp", mkstemp)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    index = index_shard(path)
+    assert str(index.file).startswith(str(cache))
+    assert index_shard(path) == index
+    Path(str(index.file)).unlink()
+    refused.add(str(cache / "mmssl" / "index"))
+    shards = ShardSet(path)
+    assert shards.shards[0].file is None
+    assert pickle.loads(pickle.dumps(shards)).read(1).members == {"txt": b"2"}  # noqa: S301
+
+
+def test_a_shard_that_changes_after_it_was_indexed_is_named(tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.tar", [("a.txt", b"1")])
+    shards = ShardSet(path)
+    tar(tmp_path / "a.tar", [("a.txt", b"1"), ("b.txt", b"2")])
+    with pytest.raises(ShardError, match=r"a\.tar: changed since it was indexed"):
+        shards.read(0)
+
+
+def test_damaged_index_body_is_named(tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.tar", [("a.txt", b"1")])
+    shards = ShardSet(path)
+    stored = bytearray(Path(path + ".idx").read_bytes())
+    stored[-1] ^= 1
+    Path(path + ".idx").write_bytes(stored)
+    with pytest.raises(ShardError, match=r"its index .* cannot be read .*delete it"):
+        shards.read(0)
+
+
+def test_fingerprint(tmp_path: Path) -> None:
+    pattern = write_shards(tmp_path / "a", 12)
+    one = ShardSet(pattern).fingerprint
+    assert "12 samples in 3 shards" in one
+    assert ShardSet(write_shards(tmp_path / "b", 12)).fingerprint == one  # another folder, same shards
+    assert ShardSet(list(reversed(expand(pattern)))).fingerprint != one
+    assert ShardSet(expand(pattern)[:2]).fingerprint != one
+    assert ShardSet(write_shards(tmp_path / "c", 12, prefix="x")).fingerprint != one
+
+
+def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmssl.data.shards._OPEN_SHARDS", 3)
+    shards = ShardSet(write_shards(tmp_path, 20, shards=10))
+    before = len(os.listdir("/proc/self/fd"))
+    for i in [*range(20), *range(19, -1, -1)]:
+        assert shards.read(i).members["txt"] == f"text {i}".encode()
+    assert len(os.listdir("/proc/self/fd")) - before <= 3
+    del shards
+    assert len(os.listdir("/proc/self/fd")) == before
