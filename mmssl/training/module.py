@@ -4,6 +4,7 @@ An objective gives three things: ``prepare`` (the loader's half), ``forward`` (t
 (predictions to named sums).  Everything about *how* to train is here.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +94,12 @@ class PretrainModule(LightningModule):
 
     def forward(self, batch: Batch) -> Any:
         return self.network(batch)
+
+    def on_fit_start(self) -> None:
+        # The run's folder holds all that is needed to use its weights later, wherever it is moved to.
+        tokenizer = getattr(self, "tokenizer", None)
+        if tokenizer is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            Path(self.trainer.default_root_dir, "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
 
     @property
     def total_batches(self) -> int:
