@@ -61,3 +61,23 @@ def toy_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
     (tmp_path / "toy.yaml").write_text(TOY_CONFIG)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A WordPiece tokenizer for the captions of pairs.py, small enough to split words."""
+    from pairs import caption
+
+    from mmssl.data.tokenizer import train_tokenizer
+
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_tokenizer([caption(i) for i in range(100)], vocab_size=120, path=path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def pair_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """64 pairs in two shards."""
+    from pairs import write_shards
+
+    return write_shards(tmp_path_factory.mktemp("pairs"), 64)

@@ -75,6 +75,7 @@ class PretrainModule(LightningModule):
         self.warmup_steps, self.min_lr_ratio, self.clip_grad_norm = warmup_steps, min_lr_ratio, clip_grad_norm
         self.compile_blocks = compile_blocks
         self.loss_weights: dict[str, float] = {}
+        self._last_batch = -1
         self._window_total: dict[str, Tensor] = {}
         self._eval_sums: dict[str, Tensor] = {}
 
@@ -116,6 +117,7 @@ class PretrainModule(LightningModule):
             self.compile_blocks = False  # configure_model is called again for every fit, validate, …
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self._last_batch = batch.index
         sums = self.compare(self(batch), batch)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._window_total = self._count_window(batch)
@@ -142,18 +144,17 @@ class PretrainModule(LightningModule):
         return dict(zip(self.loss_weights, counts.clamp(min=1), strict=True))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Here and not in on_train_batch_end: callbacks come before the module there, so a checkpoint would be
+        # saved with the count of the step before and its samples would be repeated.  Only whole optimizer steps
+        # count as trained: the gradients of a half window are not in a checkpoint.
+        trained = getattr(getattr(self.trainer, "datamodule", None), "trained", None)
+        if trained is not None:
+            trained(self._last_batch + 1)
         limit = float("inf") if self.clip_grad_norm is None else self.clip_grad_norm
         norm = nn.utils.clip_grad_norm_(self.parameters(), limit)
         if self._logs_now():
             self.log("train/grad_norm", norm)
             self.log("train/lr", optimizer.param_groups[0]["lr"])
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        # Only whole optimizer steps count as trained: gradients of a half window are not in a checkpoint.
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            trained = getattr(getattr(self.trainer, "datamodule", None), "trained", None)
-            if trained is not None:
-                trained(batch.index + 1)
 
     # ---- logging
 

@@ -1,0 +1,167 @@
+"""One division by the global count, the schedule, the errors, and exact resume through the real command."""
+
+import csv
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning import Trainer
+from pairs import TINY
+
+import mmssl
+from mmssl.cli import main
+from mmssl.training.optim import adamw, warmup_cosine
+
+HERE = Path(__file__).parent
+
+
+def train(out: Path, name: str, tokenizer: str, shards: str, devices: int, batch: int, accumulate: int) -> Any:
+    command = [sys.executable, str(HERE / "ddp_run.py"), str(out), name, tokenizer, shards]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(
+        [*command, str(devices), str(batch), str(accumulate)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+@pytest.mark.parametrize("name", ["MLM", "MMM"])
+def test_ranks_and_micro_batches_train_as_one_batch(
+    name: str, tmp_path: Path, tokenizer_path: str, pair_shards: str
+) -> None:
+    """The captions have 7 to 12 words: counts are uneven, so a division per rank or micro-batch would show."""
+    one = train(tmp_path / "one.pt", name, tokenizer_path, pair_shards, 1, 16, 1)
+    two_ranks = train(tmp_path / "ranks.pt", name, tokenizer_path, pair_shards, 2, 16, 1)
+    four_parts = train(tmp_path / "parts.pt", name, tokenizer_path, pair_shards, 1, 4, 4)
+    for other in (two_ranks, four_parts):
+        for key, weight in one["weights"].items():
+            torch.testing.assert_close(other["weights"][key], weight, rtol=1e-5, atol=1e-5, msg=key)
+    # The logged loss is the mean over all ranks, not rank 0's.
+    assert two_ranks["metrics"]["train/loss"] == pytest.approx(one["metrics"]["train/loss"], rel=1e-5)
+    assert two_ranks["metrics"]["train/grad_norm"] == pytest.approx(one["metrics"]["train/grad_norm"], rel=1e-4)
+    assert (one["batches"], two_ranks["batches"], four_parts["batches"]) == (3, 3, 12)
+
+
+def test_warm_up_and_cosine() -> None:
+    factor = warmup_cosine(10, 110, 0.1)
+    assert [factor(0), factor(4), factor(9)] == [0.1, 0.5, 1.0]
+    assert factor(10) == 1.0
+    assert factor(109) == pytest.approx(0.1)
+    assert factor(500) == pytest.approx(0.1)
+    halfway = 10 + 99 / 2
+    assert factor(int(halfway)) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 49 / 99)))
+
+
+def test_what_is_not_decayed(tokenizer_path: str) -> None:
+    module = mmssl.MMM(tokenizer_path, "vit_tiny_patch16_224", TINY, decoder_embed_dim=32, decoder_num_heads=4)
+    optimizer = adamw(
+        module, lr=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, no_weight_decay=module.no_weight_decay()
+    )
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    names = {name: decay[id(parameter)] for name, parameter in module.named_parameters()}
+    network = "network.backbone."
+    for free in ("vit.cls_token", "vit.pos_embed", "vit.norm.weight", "vit.blocks.0.mlp.fc1.bias", "text.position"):
+        assert names[network + free] == 0, free
+    for decayed in ("vit.blocks.0.mlp.fc1.weight", "vit.patch_embed.proj.weight", "text.token_embedding.weight"):
+        assert names[network + decayed] == 0.05, decayed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "trainer", "message"),
+    [
+        ({}, {"max_steps": 5, "gradient_clip_val": 1.0}, "clip_grad_norm"),
+        ({}, {"max_epochs": 1}, "max_steps"),
+        ({"warmup_steps": 5}, {"max_steps": 5}, "warmup_steps is 5"),
+    ],
+)
+def test_errors_before_training(
+    arguments: dict[str, Any], trainer: dict[str, Any], message: str, pair_shards: str, tmp_path: Path
+) -> None:
+    module = mmssl.MAE("vit_tiny_patch16_224", TINY, decoder_embed_dim=32, decoder_num_heads=4, **arguments)
+    data = mmssl.DataModule(pair_shards, batch_size=4, num_workers=0)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    with pytest.raises(ValueError, match=message):
+        Trainer(**quiet, **trainer, default_root_dir=tmp_path).fit(module, data)
+
+
+def pair_config(folder: Path, tokenizer: str, shards: str) -> Path:
+    """A small joint run whose every random part is on: dropped paths, scheduled ratio, crops, accumulation."""
+    config = {
+        "model": {
+            "class_path": "mmssl.MMM",
+            "init_args": {
+                "tokenizer": tokenizer,
+                "backbone": "vit_tiny_patch16_224",
+                "backbone_options": {**TINY, "drop_path_rate": 0.2},
+                "text_mask_ratio": [0.5, 0.2],
+                "max_tokens": 32,
+                "decoder_embed_dim": 32,
+                "decoder_depth": 1,
+                "decoder_num_heads": 4,
+                "pad_to_multiple_of": 1,
+                "warmup_steps": 2,
+            },
+        },
+        "data": {"train": shards, "val": shards, "batch_size": 12, "num_workers": 1, "val_samples": 10},
+        "trainer": {
+            "max_steps": 8,
+            "accumulate_grad_batches": 2,
+            "val_check_interval": 6,
+            "accelerator": "cpu",
+            "log_every_n_steps": 1,
+            "logger": False,
+        },
+        "checkpoint": {"every_n_steps": 3, "keep": 10},
+    }
+    path = folder / "pairs.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def metrics(run: Path) -> dict[int, dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
+    return {int(row["step"]): {k: v for k, v in row.items() if not k.startswith(("speed", "time"))} for row in rows}
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, tokenizer_path: str, pair_shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 steps of 24 pairs cross the end of the epoch of 64 pairs twice; the run is cut at step 3 and resumed."""
+    monkeypatch.chdir(tmp_path)
+    config = str(pair_config(tmp_path, tokenizer_path, pair_shards))
+    assert main(["fit", "--config", config, "--run", "whole"]) == 0
+    (tmp_path / "cut" / "checkpoints").mkdir(parents=True)
+    shutil.copy("whole/config.yaml", "cut/config.yaml")
+    shutil.copy("whole/checkpoints/step=00000003.ckpt", "cut/checkpoints/")
+    torch.manual_seed(12345)  # the resumed process starts anywhere
+    assert main(["fit", "--config", config, "--run", "cut", "--resume"]) == 0
+
+    whole, cut = (
+        torch.load(f"{run}/checkpoints/step=00000008.ckpt", weights_only=True, map_location="cpu")
+        for run in ("whole", "cut")
+    )
+    for key, weight in whole["state_dict"].items():
+        assert torch.equal(cut["state_dict"][key], weight), key
+    for key, state in whole["optimizer_states"][0]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(cut["optimizer_states"][0]["state"][key][name], value), (key, name)
+    assert cut["lr_schedulers"] == whole["lr_schedulers"]
+    assert cut["DataModule"]["batches"] == whole["DataModule"]["batches"] == 16
+    first, second = metrics(tmp_path / "whole"), metrics(tmp_path / "cut")
+    assert sorted(first) == list(range(8))
+    assert sorted(second) == [3, 4, 5, 6, 7]
+    for step, row in second.items():
+        assert {k: row[k] for k in row if k in first[step]} == {k: first[step][k] for k in row if k in first[step]}
