@@ -43,6 +43,7 @@ $(BIN)/python:
 	echo "== environment: $(VENV) with $$($$found --version)"; \
 	rm -rf $(VENV); "$$found" -m venv $(VENV)
 
+# Without --no-compile pip compiles everything there is, which takes longer than unpacking it.
 # A stamp says that an install is done; it is done again when a requirement changes.  pip is only asked for what is
 # not there, so this works without a network once everything is.
 environment: $(VENV)/.installed
@@ -57,9 +58,9 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 
 .PHONY: install
 install:
-	$(call stage,environment: installing $(WHAT) (up to 3 GB; minutes),\
-		$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools && \
-		$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e "$(REQUIREMENT)")
+	$(call stage,environment: installing $(WHAT) (3 GB to download, 6 GB on disk; 2 to 10 minutes),\
+		$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt setuptools && \
+		$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt --no-build-isolation -e "$(REQUIREMENT)")
 
 # ---- demo
 
