@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block
@@ -73,7 +74,7 @@ class Decoder(nn.Module):
         self.norm = norm(embed_dim)
         self.predict = nn.Linear(embed_dim, self.patch_dim)
         self.register_buffer("positions", sincos_2d(embed_dim, grid_size), persistent=False)
-        words = torch.from_numpy(sincos_1d(embed_dim, torch.arange(max_text_tokens if text else 0).numpy())).float()
+        words = torch.from_numpy(sincos_1d(embed_dim, np.arange(max_text_tokens if text else 0))).float()
         self.register_buffer("text_positions", words, persistent=False)
         self.apply(_initialise)
         for token in (self.mask_token, self.modality):

@@ -297,5 +297,9 @@ def _quiet() -> None:
     """Keep Lightning's advertisements and notices out of the log; warnings that matter stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for pattern in (".*does not have many workers.*", ".*callbacks used to create the checkpoint.*"):
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*callbacks used to create the checkpoint.*",
+        ".*isinstance.treespec, LeafSpec.*",
+    ):
         warnings.filterwarnings("ignore", pattern)

@@ -1,0 +1,70 @@
+"""Every YAML in configs/ builds at its own size, and runs two steps at a reduced one through the real command."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pairs import TINY
+
+import mmssl
+from mmssl.cli import main
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+NAMES = [
+    str(path.relative_to(path.parents[1] if path.parent.name == "configs" else path.parents[2])) for path in CONFIGS
+]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_builds_at_its_own_size(path: Path, tokenizer_path: str) -> None:
+    config = yaml.safe_load(path.read_text())
+    arguments = config["model"]["init_args"]
+    if "tokenizer" in arguments:
+        arguments["tokenizer"] = tokenizer_path
+    for name in ("mask_ratio", "text_mask_ratio", "crop_scale", "betas"):
+        if isinstance(arguments.get(name), list):
+            arguments[name] = tuple(arguments[name])
+    module = getattr(mmssl, config["model"]["class_path"].split(".")[-1])(**arguments)
+    backbone = module.network.backbone
+    assert backbone.embed_dim % backbone.num_heads == 0
+    if "demo" not in path.parts:
+        assert (backbone.embed_dim, len(backbone.vit.blocks)) == (768, 12)
+        assert config["trainer"]["precision"] == "bf16-mixed"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_runs_two_steps(
+    path: Path, tokenizer_path: str, pair_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load(path.read_text())
+    arguments = config["model"]["init_args"]
+    tiny = TINY if config["model"]["class_path"] != "mmssl.MLM" else {"options": TINY["options"]}
+    reduced = {
+        "model.init_args.backbone": "vit_tiny_patch16_224",
+        "model.init_args.backbone_options": yaml.safe_dump(tiny, default_flow_style=True).strip(),
+        "model.init_args.warmup_steps": "1",
+        "model.init_args.compile_blocks": "false",
+        "data.train": pair_shards,
+        "data.val": pair_shards,
+        "data.batch_size": "8",
+        "data.num_workers": "0",
+        "data.val_samples": "8",
+        "trainer.max_steps": "2",
+        "trainer.accelerator": "cpu",
+        "trainer.devices": "1",
+        "trainer.precision": "32-true",
+        "trainer.val_check_interval": "2",
+        "trainer.log_every_n_steps": "1",
+        "trainer.logger": "false",
+    }
+    if "tokenizer" in arguments:
+        reduced["model.init_args.tokenizer"] = tokenizer_path
+    if "decoder_embed_dim" in arguments:
+        reduced |= {
+            f"model.init_args.decoder_{k}": v for k, v in (("embed_dim", "32"), ("depth", "1"), ("num_heads", "4"))
+        }
+    options = [f"--{key}={value}" for key, value in reduced.items()]
+    assert main(["fit", "--config", str(path), "--run", "run", *options]) == 0
+    assert (tmp_path / "run/checkpoints/step=00000002.ckpt").is_file()
+    assert list((tmp_path / "run/pictures").glob("*.png"))
