@@ -134,7 +134,7 @@ def _help() -> str:
 
 def _exit_code(stop: SystemExit) -> int:
     checkpoint = getattr(stop, "checkpoint", None)  # a Preempted; its class lives behind an import of torch
-    if checkpoint is not None:
+    if checkpoint is not None and stop.rank == 0:  # type: ignore[attr-defined]
         run = Path(checkpoint).parent.parent
         print(
             f"mmssl: {stop.signal_name}: stopped after step {stop.step}, saved {checkpoint}; "  # type: ignore[attr-defined]

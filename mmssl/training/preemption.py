@@ -24,11 +24,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 class Preempted(SystemExit):
     """The run saved a checkpoint and stopped before its end.  Uncaught, the process exits with ``code``."""
 
-    def __init__(self, signum: int, step: int, checkpoint: Path) -> None:
+    def __init__(self, signum: int, step: int, checkpoint: Path, rank: int = 0) -> None:
         super().__init__(EXIT_INTERRUPTED if signum == signal.SIGINT else EXIT_PREEMPTED)
         self.signal_name = signal.Signals(signum).name
         self.step = step
         self.checkpoint = checkpoint
+        self.rank = rank
 
 
 class Preemption(Callback):
@@ -79,7 +80,7 @@ class Preemption(Callback):
         if step == trainer.max_steps or not self._agreed(trainer, step):
             return
         path = self.checkpoints.save(trainer)
-        raise Preempted(self.received or signal.SIGTERM, step, path)
+        raise Preempted(self.received or signal.SIGTERM, step, path, trainer.global_rank)
 
     def _agreed(self, trainer: pl.Trainer, step: int) -> bool:
         if trainer.world_size == 1:
