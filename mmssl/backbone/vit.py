@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmssl.backbone import timm_models
 from mmssl.backbone.attention import Packing, has_varlen
-from mmssl.backbone.embed import TextEmbedding
+from mmssl.backbone.embed import TextEmbedding, sincos_2d
 from mmssl.backbone.experts import share
 from mmssl.types import Text
 
@@ -93,6 +93,8 @@ class Backbone(nn.Module):
         for block in self.vit.blocks:
             share(block, experts)
         self.embed_dim: int = self.vit.embed_dim
+        if not pretrained and weights is None:
+            self._begin_with_sincos()
         self.text = TextEmbedding(vocab_size, self.embed_dim, max_text_tokens) if vocab_size is not None else None
         self.max_text_tokens = max_text_tokens
         self.grad_checkpointing = grad_checkpointing
@@ -184,6 +186,20 @@ class Backbone(nn.Module):
         if self.text is None:
             raise ValueError("a backbone without a vocabulary has no token embedding; build it with vocab_size")
         return self.text.token_embedding
+
+    def _begin_with_sincos(self) -> None:
+        """Positions begin as MAE's fixed sines and cosines, and are trained from there like every timm model's.
+
+        Noise, timm's own beginning, would have to learn first which patches are neighbours.
+        """
+        positions = self.vit.pos_embed
+        grid = self.vit.patch_embed.grid_size
+        if positions is None or positions.ndim != 3 or self.embed_dim % 4 or positions.is_meta:
+            return
+        prefix = positions.shape[1] - grid[0] * grid[1]  # 0 where prefix tokens have no position
+        with torch.no_grad():
+            positions[:, :prefix] = 0
+            positions[:, prefix:] = sincos_2d(self.embed_dim, grid)
 
     def _embed_text(self, text: Text) -> Float[Tensor, "T D"]:
         if self.text is None:
