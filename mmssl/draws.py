@@ -30,7 +30,8 @@ class Draws:
 
     def uniform(self, n: int) -> NDArray[np.float64]:
         """n numbers in [0, 1)."""
-        return (self._words.random_raw(n) >> np.uint64(11)) * 2.0**-53
+        words: NDArray[np.uint64] = self._words.random_raw(n)
+        return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def one(self, low: float = 0.0, high: float = 1.0) -> float:
         """One number in [low, high)."""

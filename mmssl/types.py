@@ -117,14 +117,17 @@ class Loss(NamedTuple):
     """A sum over this rank's items and their number; the module divides once by the number over all ranks."""
 
     total: Float[Tensor, ""]
-    count: Float[Tensor, ""] | Int[Tensor, ""]
+    count: Float[Tensor, ""]  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
 
 
 @runtime_checkable
 class Prepare(Protocol):
     """The half of an objective that runs in the loader's workers.  Must be picklable and hold no weights."""
 
-    needs: tuple[str, ...]  # of "image", "text": what a shard must contain
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Of "image", "text": what a shard must contain."""
+        ...
 
     def sample(self, sample: Sample, draws: Draws, index: int) -> Any:
         """Decode, augment, tokenize, draw what is hidden.  ``index`` is the global batch (for schedules).

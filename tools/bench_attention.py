@@ -46,7 +46,7 @@ def main() -> None:
     visible = torch.rand(args.pairs, 36, generator=generator).argsort(1)[:, : args.patches].sort(1).values
     print(f"{platform.processor() or platform.machine()}, {args.threads} thread(s), torch {torch.__version__}")
     print(
-        f"{args.pairs} pairs, {1 + args.patches} image and {lengths.float().mean():.1f} text tokens each, width 192, 6 deep"
+        f"{args.pairs} pairs, {1 + args.patches} image and {lengths.float().mean():.1f} text tokens, width 192, 6 deep"
     )
     for dtype in (torch.float32, torch.bfloat16):
         ways = {

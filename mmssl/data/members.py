@@ -28,7 +28,7 @@ def sample_text(sample: Sample) -> str:
     """The text, stripped.  Raises BadSample("no_text" or "not_utf8" or "not_json")."""
     try:
         if "txt" in sample.members:
-            text = sample.members["txt"].decode("utf-8")
+            text: object = sample.members["txt"].decode("utf-8")
         elif "json" in sample.members:
             fields = json.loads(sample.members["json"].decode("utf-8"))
             text = fields.get("caption") or fields.get("text") if isinstance(fields, dict) else None
@@ -36,7 +36,7 @@ def sample_text(sample: Sample) -> str:
             raise BadSample("no_text", f"members {', '.join(sorted(sample.members))}")
     except UnicodeDecodeError as error:
         raise BadSample("not_utf8", str(error)) from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:  # brackets nested a thousand deep
         raise BadSample("not_json", str(error)) from error
     if not isinstance(text, str) or not text.strip():
         raise BadSample("no_text", "empty")

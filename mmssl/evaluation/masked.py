@@ -37,7 +37,7 @@ class WordScore:
 
 @dataclass
 class PatchScore:
-    """Squared error over hidden patches, pixels in [0, 1]: the model's, and that of the visible patches' mean colour."""
+    """Squared error over hidden patches, pixels in [0, 1]: the model's, and that of the visible ones' mean colour."""
 
     patches: int = 0
     model: float = 0.0

@@ -179,6 +179,8 @@ class Pixels(nn.Module):
         self, mean: tuple[float, ...], std: tuple[float, ...], patch_size: int, normalize_patches: bool
     ) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
         self.patch_size = patch_size
         self.patch_dim = patch_size**2 * len(mean)
         self.normalize_patches = normalize_patches

@@ -139,7 +139,7 @@ class PretrainModule(LightningModule):
             window = {name: n * self.trainer.accumulate_grad_batches for name, n in batch.counts.items()}
         counts = torch.tensor([window[name] for name in self.loss_weights], dtype=torch.float32, device=self.device)
         if self.trainer.world_size > 1:
-            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")  # type: ignore[assignment]
+            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
         # No rank had an item: the total is 0 as well, and 0 / 1 gives the zero gradient it should be.
         return dict(zip(self.loss_weights, counts.clamp(min=1), strict=True))
 
@@ -160,7 +160,8 @@ class PretrainModule(LightningModule):
 
     def _logs_now(self) -> bool:
         # global_step grows after the optimizer's step, Lightning logs when the grown number divides.
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return (self.trainer.global_step + 1) % every == 0
 
     def _log_train(self, sums: dict[str, Loss], size: int) -> None:
         """Log this micro-batch's means, over all ranks; called by every rank at the same steps."""
@@ -172,7 +173,7 @@ class PretrainModule(LightningModule):
         """total / count by name after adding up the ranks, and the weighted loss that is trained on."""
         packed = torch.stack(list(sums.values())).float()
         if self.trainer.world_size > 1:
-            packed = self.trainer.strategy.reduce(packed, reduce_op="sum")  # type: ignore[assignment]
+            packed = self.trainer.strategy.reduce(packed, reduce_op="sum")
         means = dict(zip(sums, packed[:, 0] / packed[:, 1], strict=True))
         loss = torch.stack([weight * means[name] for name, weight in self.loss_weights.items()]).sum()
         return {"loss": loss, **{_metric_name(name, self.loss_weights): value for name, value in means.items()}}
