@@ -29,7 +29,7 @@ class WordScore:
     wrong_picture: int = 0
 
     def summary(self) -> dict[str, float]:
-        """Accuracies in percent, the gain in points, and the gain's standard error (paired, by word)."""
+        """Accuracies in percent and the gain in points."""
         n = max(1, self.words)
         right, wrong = 100 * self.right_picture / n, 100 * self.wrong_picture / n
         return {"words": self.words, "right_picture": right, "wrong_picture": wrong, "gain": right - wrong}
@@ -111,17 +111,20 @@ def masked_prediction(
 
 
 def _wrong_pictures(captions: list[str], seed: int) -> list[int]:
-    """For each sample another sample with another caption: a random cyclic shift, moved on where captions agree."""
+    """For each sample one with another caption: its neighbour on a random ring, moved on where captions agree.
+
+    Not a shift of the samples' own order, in which neighbours, or every fourth sample, may look alike.
+    """
     n = len(captions)
     if len(set(captions)) < 2:
         raise ValueError("all captions are equal; a wrong picture needs at least two different captions")
-    shift = 1 + Draws(seed, n).integer(n - 1)
-    others = []
-    for i in range(n):
-        j = (i + shift) % n
-        while captions[j] == captions[i]:
-            j = (j + 1) % n
-        others.append(j)
+    ring = Draws(seed, n).permutation(n).tolist()
+    others = [0] * n
+    for place, i in enumerate(ring):
+        step = 1
+        while captions[ring[(place + step) % n]] == captions[i]:
+            step += 1
+        others[i] = ring[(place + step) % n]
     return others
 
 
