@@ -1,5 +1,7 @@
 """Small grids a person can look at: original, visible part, completion, and the caption with its guesses."""
 
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,9 @@ class Pictures(Callback):
         self._batch: Batch | None = None
         self._drawn = -1
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._drawn = trainer.global_step  # 0, or where a resumed run had drawn already
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
@@ -41,7 +46,7 @@ class Pictures(Callback):
             self._draw(trainer, pl_module, step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step not in (self._drawn, 0):
+        if trainer.global_step != self._drawn:
             self._draw(trainer, pl_module, trainer.global_step)
 
     def _draw(self, trainer: Trainer, module: Any, step: int) -> None:
@@ -52,11 +57,12 @@ class Pictures(Callback):
             self._batch = preview(self.samples)
         if self._batch is None:  # no validation data
             return
-        was_training = module.training
+        modes = {part: part.training for part in module.modules()}  # a frozen part may stand in eval mode
         module.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             completion = module.complete(self._batch.to(module.device))
-        module.train(was_training)
+        for part, mode in modes.items():
+            part.training = mode
         _save(trainer, draw_grid(completion, getattr(module, "tokenizer", None)), step)
 
 
@@ -112,27 +118,38 @@ def _to_pil(picture: Tensor) -> PILImage.Image:
 
 def _pieces(completion: Completion, tokenizer: Any, i: int) -> list[tuple[str, tuple[int, int, int]]]:
     """The text of sample i as coloured pieces; a piece that begins a word begins with a space."""
+    spell = _speller(tokenizer)
     ids = (completion.input_ids or [])[i]
     hidden = dict(zip((completion.hidden or [])[i], range(len(ids)), strict=False))
     pieces: list[tuple[str, tuple[int, int, int]]] = []
     for position, token_id in enumerate(ids):
         if position not in hidden:
             if token_id not in tokenizer.special_ids:
-                pieces.append((_spell(tokenizer.token(token_id)), _SEEN))
+                pieces.append((spell(token_id), _SEEN))
             continue
         guess = (completion.guesses or [])[i][hidden[position]]
         truth = (completion.labels or [])[i][hidden[position]]
-        pieces.append((_spell(tokenizer.token(guess)), _RIGHT if guess == truth else _WRONG))
+        pieces.append((spell(guess), _RIGHT if guess == truth else _WRONG))
         if guess != truth:
-            pieces.append((f" ({_spell(tokenizer.token(truth)).strip()})", _TRUTH))
+            pieces.append((f" ({spell(truth).strip()})", _TRUTH))
     return pieces
 
 
-def _spell(token: str) -> str:
-    """A vocabulary's spelling as readable text: WordPiece's ##, byte-level BPE's Ġ, SentencePiece's ▁."""
-    if token.startswith("##"):
-        return token[2:]
-    return " " + token.removeprefix("Ġ").removeprefix("▁")
+@lru_cache(maxsize=2)
+def _speller(tokenizer: Any) -> Callable[[int], str]:
+    """From token ids to readable text, where a token that begins a word begins with a space.
+
+    A vocabulary marks either what goes on with a word (WordPiece's ##) or what begins one (byte-level BPE's Ġ,
+    SentencePiece's ▁); which of them it is, its most frequent mark tells.
+    """
+    marks = ("##", "Ġ", "▁")
+    spellings = [tokenizer.token(id) for id in tokenizer.ordinary_ids]
+    mark = max(marks, key=lambda mark: sum(spelling.startswith(mark) for spelling in spellings))
+    if mark == "Ġ":
+        return lambda id: tokenizer.decode([id]) or tokenizer.token(id)  # its letters are bytes in disguise
+    if mark == "▁":
+        return lambda id: tokenizer.token(id).replace(mark, " ")
+    return lambda id: spelling[2:] if (spelling := tokenizer.token(id)).startswith(mark) else f" {spelling}"
 
 
 def _wrap(pieces: list[tuple[str, tuple[int, int, int]]], font: Any) -> list[list[tuple[str, tuple[int, int, int]]]]:
@@ -140,7 +157,7 @@ def _wrap(pieces: list[tuple[str, tuple[int, int, int]]], font: Any) -> list[lis
     x = 0.0
     for text, colour in pieces:
         length = font.getlength(text)
-        if x + length > _TEXT_WIDTH - 3 * _GAP and text.startswith(" "):
+        if x + length > _TEXT_WIDTH - 3 * _GAP and lines[-1]:
             lines.append([])
             x = 0.0
         lines[-1].append((text, colour))
