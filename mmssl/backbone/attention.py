@@ -12,20 +12,70 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from mmssl.types import Text, segment_ids
 
 _SHORT = 256  # tokens; beyond, the quadratic memory of written-out products costs more than it saves
+_STRETCH = 1.5  # segments are padded, for attention alone, to at most this many times their length
 
 
 class Group(NamedTuple):
-    """``number`` neighbouring segments of ``length`` tokens each."""
+    """Neighbouring segments that are attended together: ``number`` of them, padded to ``length`` tokens.
+
+    Their ``rows`` are one slice of the packed axis.  ``spread[j]`` is the row of the slice at padded place j (0 for
+    padding), ``places[i]`` the padded place of row i, ``real`` marks the padded places that hold a row; all three are
+    None where every segment has this length.
+    """
 
     number: int
     length: int
+    rows: int
+    spread: Int[Tensor, " J"] | None = None
+    places: Int[Tensor, " I"] | None = None
+    real: Bool[Tensor, "n 1 L"] | None = None
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device) -> "Group":
+        """Segments of these ascending lengths."""
+        longest, rows = lengths[-1], sum(lengths)
+        if lengths[0] == longest:
+            return cls(len(lengths), longest, rows)
+        real = torch.arange(longest) < torch.tensor(lengths)[:, None]  # n, L
+        places = real.flatten().nonzero()[:, 0]
+        spread = torch.zeros(len(lengths) * longest, dtype=torch.int64)
+        spread[places] = torch.arange(rows)
+        return cls(len(lengths), longest, rows, spread.to(device), places.to(device), real[:, None].to(device))
+
+
+class _Spread(torch.autograd.Function):
+    """Rows to padded places.  Nothing flows back from padding: as keys it is masked, as queries it is thrown away."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.index_select(1, cast(Tensor, group.spread))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].index_select(1, ctx.group.places), None
+
+
+class _Collect(torch.autograd.Function):
+    """Padded places to rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group, ctx.padded = group, x.shape[1]
+        return x.index_select(1, cast(Tensor, group.places))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0]
+        out = grad.new_zeros(grad.shape[0], ctx.padded, grad.shape[2])
+        return out.index_copy_(1, ctx.group.places, grad), None
 
 
 class _Permute(torch.autograd.Function):
@@ -49,8 +99,8 @@ class Packing:
     The segment of sample s is [its ``image_tokens`` image tokens, its text tokens].  Two layouts:
 
     - varlen (CUDA, half precision): segments in the samples' order, no device synchronisation.
-    - grouped (elsewhere): segments sorted by length, so that all of one length form one dense slice and a layer
-      needs no gather at all; tokens are permuted once on the way in and once on the way out.
+    - grouped (elsewhere): segments sorted by length, so that those of about one length form one slice, which is
+      padded for attention alone; tokens are permuted once on the way in and once on the way out.
 
     ``order[j]`` is the source row (all image tokens, then all text tokens) of packed row j, ``inverse`` undoes it;
     None where they would be the identity.
@@ -92,11 +142,9 @@ class Packing:
             packed = [b - a + (image_tokens if s < images else 0) for s, (a, b) in enumerate(itertools.pairwise(host))]
             # Padding stays last also here: a row of image tokens then leads the axis (see Backbone, rotary).
             ranked = sorted(range(count), key=lambda s: (s >= images > 0, packed[s]))
-            groups = [
-                Group(len(list(same)), length)
-                for (_, length), same in itertools.groupby((s >= images > 0, packed[s]) for s in ranked)
-                if length
-            ]
+            ascending, padding = [packed[s] for s in ranked], images or count
+            runs = [*_alike(ascending[:padding]), *_alike(ascending[padding:])]
+            groups = [Group.of(run, device) for run in runs]
             by_rank = torch.tensor(ranked, device=device)
             lengths = lengths[by_rank]
             start = torch.empty_like(start).scatter_(0, by_rank, lengths.cumsum(0) - lengths)
@@ -154,28 +202,43 @@ class Packing:
             q, k, v = (x[0].transpose(0, 1).to(v.dtype).contiguous() for x in (q, k, v))
             out = varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_seqlen, self.max_seqlen)
             return cast(Tensor, out).transpose(0, 1)[None]
-        sizes = [group.number * group.length for group in self.groups]
         parts = []
         # split, not slices: its backward is one concatenation instead of one zero-filled tensor per group.
-        for group, *qkv in zip(self.groups, *(x.split(sizes, 2) for x in (q, k, v)), strict=True):
-            dense = [x[0].unflatten(1, group).transpose(0, 1) for x in qkv]  # number, heads, length, d
-            parts.append(_attend_dense(*dense).transpose(1, 2).flatten(0, 1))
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts)  # R, heads, d: what the projection reads
-        return rows.transpose(0, 1)[None]
+        sizes = [group.rows for group in self.groups]
+        for group, *qkv in zip(self.groups, *(x[0].to(v.dtype).split(sizes, 1) for x in (q, k, v)), strict=True):
+            if group.spread is not None:
+                qkv = [_Spread.apply(x, group) for x in qkv]
+            dense = [x.unflatten(1, (group.number, group.length)) for x in qkv]  # h, n, L, d
+            out = _attend_dense(dense[0], dense[1], dense[2], group.real).flatten(1, 2)
+            parts.append(out if group.spread is None else _Collect.apply(out, group))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[None]
+
+
+def _alike(lengths: list[int]) -> list[list[int]]:
+    """Ascending lengths cut into runs that span at most _STRETCH; empty segments are left out."""
+    runs: list[list[int]] = []
+    for length in lengths:
+        if length and runs and length <= _STRETCH * runs[-1][0]:
+            runs[-1].append(length)
+        elif length:
+            runs.append([length])
+    return runs
 
 
 def _attend_dense(
-    q: Float[Tensor, "b h N d"], k: Float[Tensor, "b h N d"], v: Float[Tensor, "b h N d"]
-) -> Float[Tensor, "b h N d"]:
-    """Attention of equally long segments.
+    q: Float[Tensor, "h n L d"], k: Float[Tensor, "h n L d"], v: Float[Tensor, "h n L d"], real: Tensor | None
+) -> Float[Tensor, "h n L d"]:
+    """Attention of equally long segments; ``real`` marks the keys that are no padding.
 
     For short segments in half precision on a CPU the products are written out: the backward pass of torch's fused
-    kernel takes 2 ms a call there however short they are (tools/bench_attention.py measures both).
+    kernel is the slower there (tools/bench_attention.py measures both).
     """
     if v.device.type == "cpu" and v.dtype != torch.float32 and v.shape[2] <= _SHORT:
-        weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), -1)
-        return (weights.to(v.dtype) @ v).to(v.dtype)
-    return F.scaled_dot_product_attention(q, k, v)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        if real is not None:
+            scores = scores + torch.zeros_like(real, dtype=scores.dtype).masked_fill_(~real, float("-inf"))
+        return cast(Tensor, (torch.softmax(scores, -1).to(v.dtype) @ v).to(v.dtype))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=real)
 
 
 def _check(cu_seqlens: list[int], rows: int, max_seqlen: int) -> None:
