@@ -1,23 +1,29 @@
 """``mmssl report RUN``: what a joint model has learnt, as a table, one PNG and one JSON."""
 
+import argparse
+import csv
 import json
 import os
 import sys
 import time
-from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import jsonargparse
 import torch
 import yaml
+from lightning import LightningModule
 
+from mmssl.data.members import sample_text
 from mmssl.data.shards import ShardSet
 from mmssl.data.tokenizer import whole_words
 from mmssl.draws import Draws
 from mmssl.evaluation.masked import ALL, MaskedScores, masked_prediction
 from mmssl.training.callbacks.pictures import draw_grid
 from mmssl.training.checkpoint import latest_checkpoint
-from mmssl.types import Batch, Sample
+from mmssl.types import BadSample, Batch, Prepare, Sample
 
 # What the demo's captions say of their words; other names are shown as they are.
 _TITLES = {
@@ -25,6 +31,12 @@ _TITLES = {
     "middling": "middling: script, case, style",
     "hard": "hard: which letter or sign",
     "other": "function words",
+}
+_SPEEDS = {
+    "samples_per_second": "{:.0f} pairs/s",
+    "text_tokens_per_second": "{:.0f} text tokens/s",
+    "step_seconds": "{:.3g} s a step",
+    "data_wait_share": "{:.0%} of the time waiting for data",
 }
 
 
@@ -43,23 +55,28 @@ def report(run: str, samples: int = 2000, rounds: int = 1, seed: int = 0, pictur
         pictures: rows of the grid.
 
     Raises:
-        ValueError: the folder holds no run of a joint model, or one without validation data.
+        ValueError: the folder holds no run of a joint model, or one without validation data; a number below 1.
     """
     started = time.monotonic()
+    for name, value in {"samples": samples, "rounds": rounds, "pictures": pictures}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; give at least 1")
     folder = Path(run)
+    sys.path.append(os.getcwd())  # as mmssl fit does, where a config may name a class of one's own
     module, config = load_run(folder)
     if not {"image", "text"} <= set(module.prepare(train=False).needs):
         raise ValueError(
             f"run {run} is a {type(module).__name__}; the report needs image-text pairs (mmssl.MMM). "
             "For other runs see metrics.csv in the folder, or mmssl validate"
         )
-    if not config["data"].get("val"):
+    data = config["data"].get("init_args", config["data"])  # with or without class_path
+    if not data.get("val"):
         raise ValueError(f"run {run} has no validation data; give data.val in its config.yaml")
     module.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    shards = ShardSet(config["data"]["val"])
+    shards = ShardSet(data["val"])
     count = min(samples, len(shards))
-    chosen = [shards.read(i * len(shards) // count) for i in range(count)]
-    progress = _Progress(count * rounds)
+    chosen = _usable([shards.read(i * len(shards) // count) for i in range(count)], module.prepare(train=False))
+    progress = _Progress(len(chosen) * rounds)
     with torch.autocast(module.device.type, torch.bfloat16):
         scores = masked_prediction(module, chosen, kinds_of_words, seed=seed, rounds=rounds, progress=progress)
         batch = _preview(module, chosen, pictures, seed)
@@ -68,7 +85,8 @@ def report(run: str, samples: int = 2000, rounds: int = 1, seed: int = 0, pictur
     result = {
         "run": str(folder),
         "step": module.report_step,
-        "pairs": count,
+        "pairs": len(chosen),
+        "left_out": count - len(chosen),
         "words": {kind: score.summary() for kind, score in scores.words.items()},
         "patches": scores.patches.summary(),
         "speed": _speed(folder),
@@ -87,29 +105,63 @@ def load_run(folder: Path) -> tuple[Any, dict[str, Any]]:
         ValueError: no config.yaml or no checkpoint in the folder.
     """
     path = folder / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no run: there is no config.yaml; name the folder given to mmssl fit --run")
-    config = yaml.safe_load(path.read_text())
-    home, name = config["model"]["class_path"].rsplit(".", 1)
-    arguments = dict(config["model"].get("init_args") or {})
-    if (folder / "tokenizer.json").is_file() and "tokenizer" in arguments:
-        arguments["tokenizer"] = str(folder / "tokenizer.json")
-    module = getattr(import_module(home), name)(**arguments)
-    checkpoint_path = latest_checkpoint(folder / "checkpoints", say=lambda line: print(line, file=sys.stderr))
+    config = yaml.safe_load(path.read_text()) if path.is_file() else None
+    if not isinstance(config, dict) or not {"model", "data"} <= set(config):
+        problem = "says nothing of a model and data" if path.is_file() else "is not there"
+        raise ValueError(f"{folder} holds no run: config.yaml {problem}; name the folder given to mmssl fit --run")
+    if not any((folder / "checkpoints").glob("*.ckpt")):
+        raise ValueError(f"run {folder} has no checkpoint yet; it saves them as checkpoint.every_n_steps says")
+    module = _build(config["model"], folder)
+    checkpoint_path = latest_checkpoint(folder / "checkpoints")
     checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
     module.load_state_dict(checkpoint["state_dict"])
     module.report_step = checkpoint["global_step"]
     return module, config
 
 
+def _build(model: dict[str, Any], folder: Path) -> Any:
+    """The module that a config describes, its arguments read as mmssl fit reads them (lists become tuples)."""
+    arguments = dict(model.get("init_args") or {})
+    if (folder / "tokenizer.json").is_file() and "tokenizer" in arguments:
+        arguments["tokenizer"] = str(folder / "tokenizer.json")
+    if isinstance(options := arguments.get("backbone_options"), dict):
+        # The checkpoint holds the weights: fetch none that it replaces at once.
+        arguments["backbone_options"] = {k: v for k, v in options.items() if k not in ("pretrained", "weights")}
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model")
+    try:
+        parsed = parser.parse_object({"model": {**model, "init_args": arguments}})
+    except argparse.ArgumentError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder / 'config.yaml'} does not fit this version of mmssl: {reason}") from error
+    return parser.instantiate_classes(parsed).model
+
+
 def kinds_of_words(sample: Sample) -> list[str]:
     """The kind of each whole word of a caption: from the sample's .json where it says so (the demo's does)."""
-    text = sample.members.get("txt", b"").decode()
-    if "json" in sample.members:
-        words = json.loads(sample.members["json"]).get("words")
-        if isinstance(words, list) and all(isinstance(entry, list) and len(entry) == 2 for entry in words):
-            return [str(kind) for _, kind in words]
-    return ["words"] * len(whole_words(text))
+    count = len(whole_words(sample_text(sample)))
+    try:
+        said = json.loads(sample.members.get("json", b"{}"))
+    except ValueError:  # not JSON, or not UTF-8
+        said = {}
+    words = said.get("words") if isinstance(said, dict) else None
+    if isinstance(words, list) and len(words) == count and all(isinstance(w, list) and len(w) == 2 for w in words):
+        return [str(kind) for _, kind in words]
+    return ["words"] * count
+
+
+def _usable(samples: list[Sample], prepare: Prepare) -> list[Sample]:
+    """Without the samples that cannot be prepared, each of which is named."""
+    usable = []
+    for sample in samples:
+        try:
+            prepare.sample(sample, Draws(0), 0)
+            usable.append(sample)
+        except BadSample as error:
+            print(f"report: {sample.shard}, sample {sample.key} is left out: {error}", file=sys.stderr, flush=True)
+    if not usable:
+        raise ValueError(f"none of {len(samples)} validation samples can be used; look at them with mmssl shards check")
+    return usable
 
 
 def _preview(module: Any, samples: list[Sample], rows: int, seed: int) -> Batch:
@@ -139,9 +191,6 @@ def _speed(folder: Path) -> dict[str, float]:
     path = folder / "metrics.csv"
     if not path.is_file():
         return {}
-    import csv
-    from statistics import median
-
     columns: dict[str, list[float]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -152,8 +201,6 @@ def _speed(folder: Path) -> dict[str, float]:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
     names = ("mmssl", "torch", "lightning", "timm")
     return {name: version(name) for name in names} | {"python": sys.version.split()[0], "cores": str(os.cpu_count())}
 
@@ -183,8 +230,8 @@ def _table(result: dict[str, Any], folder: Path, config: dict[str, Any]) -> str:
             f"hidden patches, squared error: {patches['model']:.4f}, painting the mean colour: "
             f"{patches['mean_colour']:.4f}, ratio {patches['ratio']:.2f}",
         ]
-    if speed := result["speed"]:
-        lines += ["", "speed (medians): " + ", ".join(f"{key} {value:g}" for key, value in speed.items())]
+    if speed := [form.format(result["speed"][key]) for key, form in _SPEEDS.items() if key in result["speed"]]:
+        lines += ["", "training speed (medians): " + ", ".join(speed)]
     lines += [
         "",
         f"figures   {folder / 'report.json'}",

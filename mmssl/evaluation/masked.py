@@ -43,9 +43,10 @@ class PatchScore:
     model: float = 0.0
     mean_colour: float = 0.0
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float | None]:
+        """Means over the patches; no ratio where nothing was scored."""
         n = max(1, self.patches)
-        ratio = self.model / self.mean_colour if self.mean_colour else float("nan")
+        ratio = self.model / self.mean_colour if self.mean_colour else None
         return {"patches": self.patches, "model": self.model / n, "mean_colour": self.mean_colour / n, "ratio": ratio}
 
 
