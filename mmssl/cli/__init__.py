@@ -36,7 +36,7 @@ COMMANDS = {
     "fit": Command("train: mmssl fit --config C.yaml [--run runs/NAME] [--resume] [--key value ...]"),
     "validate": Command("measure a run on its validation data: mmssl validate --run runs/NAME"),
     "test": Command("measure a run on its test data: mmssl test --run runs/NAME"),
-    "predict": Command("predict with a run: mmssl predict --run runs/NAME"),
+    "predict": Command("write a run's guesses to its folder: mmssl predict --run runs/NAME"),
     "report": Command("print and save what a run has learnt: mmssl report runs/NAME", "mmssl.report:report"),
     "tokenizer train": Command("train a tokenizer on text", "mmssl.data.tokenizer:train_from_shards"),
     "shards index": Command("index tar shards before training", "mmssl.cli.shards:index"),

@@ -21,6 +21,7 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvi
 from lightning.pytorch.utilities import rank_zero_only
 
 from mmssl.cli.keys import Checker, UsageError, one_line, read_yaml
+from mmssl.training.callbacks.predictions import Predictions
 from mmssl.training.callbacks.progress import Lines
 from mmssl.training.callbacks.throughput import Throughput
 from mmssl.training.checkpoint import AtomicCheckpointIO, Checkpoints, latest_checkpoint, step_of
@@ -189,6 +190,8 @@ class Launch(LightningCLI):
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in own):
             first.append(Lines())
         last: list[Callback] = [_Started(self._state)]
+        if self.subcommand == "predict" and not any(isinstance(c, Predictions) for c in own):
+            last.append(Predictions())
         for checkpoints in callbacks:
             if isinstance(checkpoints, Checkpoints) and saves:
                 checkpoints.folder = self.folder / "checkpoints"
@@ -212,6 +215,8 @@ class Launch(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "predict":
+            kwargs["return_predictions"] = False  # they are in files; keeping them would fill the memory
         return {**kwargs, "ckpt_path": self.checkpoint, "weights_only": True}
 
 

@@ -198,6 +198,9 @@ class PretrainModule(LightningModule):
         for name, value in self._means(self._eval_sums).items():
             self.log(f"test/{name}", value)
 
+    def predict_step(self, batch: Batch, batch_idx: int) -> Completion:
+        return self.complete(batch)
+
     # ---- optimizer
 
     def no_weight_decay(self) -> set[str]:

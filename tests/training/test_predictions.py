@@ -1,0 +1,41 @@
+"""`mmssl predict` and `mmssl validate` on a finished run, through the real command."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from pairs import caption
+from test_module import pair_config
+
+from mmssl.cli import main
+from mmssl.data.tokenizer import TextTokenizer
+
+
+def test_predict_writes_every_hidden_word(
+    tmp_path: Path, tokenizer_path: str, pair_shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = str(pair_config(tmp_path, tokenizer_path, pair_shards))
+    assert main(["fit", "--config", config, "--run", "run", "--trainer.max_steps", "3"]) == 0
+    # Ten samples in batches of twelve: the two that pad the batch must not be written.
+    assert main(["predict", "--run", "run"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/predictions/words-0.jsonl").read_text().splitlines()]
+    assert len(lines) == len({line["key"] for line in lines}) == 10
+    tokenizer = TextTokenizer(tokenizer_path)
+    for line in lines:
+        tokens = line["seen"].split(" ")
+        assert line["hidden"]
+        for entry in line["hidden"]:
+            assert tokens[entry["position"]] not in ("[CLS]", "[SEP]")
+            tokens[entry["position"]] = entry["truth"]
+        number = int(line["key"].split("/")[1])
+        assert tokens == [tokenizer.token(i) for i in tokenizer.encode(caption(number)).ids]
+    assert (tmp_path / "run/predictions/batch-00000-0.png").is_file()
+
+    assert main(["validate", "--run", "run"]) == 0
+    with (tmp_path / "run/validate.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    with (tmp_path / "run/metrics.csv").open(newline="") as file:
+        fitted = [r for r in csv.DictReader(file) if r.get("val/loss")]
+    assert float(row["val/loss"]) == pytest.approx(float(fitted[-1]["val/loss"]), rel=1e-6)
