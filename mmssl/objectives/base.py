@@ -141,10 +141,14 @@ def check_image_masking(grid_size: tuple[int, int], ratio: float, strategy: str)
         raise ValueError("the picture is one single patch, which cannot be both seen and hidden; take smaller patches")
 
 
-def check_text_masking(tokenizer: TextTokenizer, vocab_size: int | None, ratio: Ratio, strategy: str) -> None:
-    """Raises ValueError for an unknown strategy, a ratio outside (0, 1), or a vocabulary of another size."""
+def check_text_masking(
+    tokenizer: TextTokenizer, vocab_size: int | None, ratio: Ratio, strategy: str, max_tokens: int
+) -> None:
+    """Raises ValueError for an unknown strategy, a ratio outside (0, 1), another vocabulary, or no room for text."""
     check_text_strategy(strategy)
     check_ratio("mask_ratio of the text", ratio)
+    if max_tokens < 3:
+        raise ValueError(f"max_tokens is {max_tokens}, of which [CLS] and [SEP] take 2; give at least 3")
     if vocab_size is not None and vocab_size != tokenizer.vocab_size:
         raise ValueError(
             f"vocab_size is {vocab_size} but the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens; "

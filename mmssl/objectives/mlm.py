@@ -85,7 +85,7 @@ class MLM(PretrainModule):
         super().__init__(**kwargs)
         self.save_hyperparameters()
         self.tokenizer = TextTokenizer(tokenizer)
-        check_text_masking(self.tokenizer, vocab_size, mask_ratio, masking)
+        check_text_masking(self.tokenizer, vocab_size, mask_ratio, masking, max_tokens)
         self.mask_ratio, self.masking, self.max_tokens = mask_ratio, masking, max_tokens
         self.pad_to_multiple_of = pad_to_multiple_of
         self.network: MLMNetwork = MLMNetwork(

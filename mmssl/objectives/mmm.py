@@ -127,7 +127,7 @@ class MMM(PretrainModule):
         super().__init__(**kwargs)
         self.save_hyperparameters()
         self.tokenizer = TextTokenizer(tokenizer)
-        check_text_masking(self.tokenizer, vocab_size, text_mask_ratio, text_masking)
+        check_text_masking(self.tokenizer, vocab_size, text_mask_ratio, text_masking, max_tokens)
         encoder = make_backbone(
             backbone,
             backbone_options,

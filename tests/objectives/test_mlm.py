@@ -109,4 +109,4 @@ def test_errors(tokenizer_path: str, tiny: dict[str, object], arguments: dict[st
 
 def test_an_unknown_strategy_is_named(module: mmssl.MLM) -> None:
     with pytest.raises(ValueError, match="text masking 'words' is unknown; use one of random, whole_word, span"):
-        check_text_masking(module.tokenizer, None, 0.3, "words")
+        check_text_masking(module.tokenizer, None, 0.3, "words", 32)
