@@ -172,13 +172,17 @@ class Backbone(nn.Module):
                 parameter.requires_grad_(False)
 
     def compile_blocks(self) -> None:
-        """torch.compile every block, for static shapes.
+        """torch.compile every block.
 
-        Meant for images (one shape a run) and for the variable-length kernel on CUDA with T rounded up.  Where
-        segments are grouped by length (CPU), each new set of lengths would compile anew: do not use it there.
+        A shape that changes (the packed axis of texts) is compiled once more with a symbolic size, and no further.
+        Meant for CUDA: where segments are grouped by length (CPU), each new set of lengths would compile anew.
         """
+        # Blocks share their code, but each rate of dropped paths is a constant in it: one entry per block and shape,
+        # where torch would give up at eight and run the rest uncompiled.
+        limit = 8 * len(self.vit.blocks)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         for block in self.vit.blocks:
-            block.compile(dynamic=False)
+            block.compile()
 
     @property
     def token_embedding(self) -> nn.Embedding:
