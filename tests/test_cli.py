@@ -68,6 +68,21 @@ def test_a_run_and_its_folder(toy_folder: Path, capsys):
     assert [int(row.split(",")[0]) for row in rows] == [4, 9, 14, 19, 24]
 
 
+@pytest.mark.parametrize("run", ["runs/v0.1", "./runs/x", "../w2/runs/x2"])
+def test_a_dot_in_a_folder_s_name(toy_folder: Path, run: str):
+    assert main(["fit", "--config", "toy.yaml", "--run", run, "--trainer.max_steps=3"]) == 0
+    checkpoint = f"{run}/checkpoints/step=00000003.ckpt"
+    assert Path(checkpoint).is_file()
+    assert main(["validate", "--run", run, "--ckpt_path", checkpoint]) == 0
+
+
+def test_a_mistyped_run_is_named(toy_folder: Path, capsys):
+    for command in ("validate", "predict", "fit"):
+        assert error_of(capsys, [command, "--run", "runs/aa"]).startswith("there is no run at runs/aa; give a run")
+    (toy_folder / "runs/empty").mkdir(parents=True)
+    assert "the run at runs/empty has no config.yaml" in error_of(capsys, ["validate", "--run", "runs/empty"])
+
+
 def test_the_folder_is_named_after_the_config(toy_folder: Path):
     assert main(["fit", "--config", "toy.yaml", "--trainer.max_steps=2"]) == 0
     assert (toy_folder / "runs" / "toy" / "config.yaml").is_file()

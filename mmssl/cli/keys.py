@@ -87,7 +87,7 @@ class Checker:
     def option(self, name: str, value: str | None) -> None:
         """An option of the command line; ``name`` without its dashes, like ``trainer.max_steps``."""
         if f"--{name}" in self.keys.options:
-            if value is not None and name in self.keys.tree and not self.keys.tree[name]:
+            if value is not None and name in self.bases and not self.keys.tree[name]:
                 self._class(name, value, f"--{name}")
             return
         parts = name.rstrip("+").removesuffix(".help").split(".")

@@ -293,9 +293,18 @@ def _with_config_of_run(args: list[str]) -> list[str]:
     """``--run runs/NAME`` without ``--config`` takes the config that the run was started with."""
     if _config_paths(args):
         return args
-    run = next((value for name, value in _options(args) if name == "run"), None)
-    config = Path(run or "") / "config.yaml"
-    return [args[0], "--config", str(config), *args[1:]] if run and config.is_file() else args
+    options = dict(_options(args))
+    run = options.get("run")
+    if not run or options.keys() & {"h", "help"}:
+        return args
+    config = Path(run) / "config.yaml"
+    if config.is_file():
+        return [args[0], "--config", str(config), *args[1:]]
+    if not any(name.split(".")[0] == "model" for name in options):
+        problem = f"the run at {run} has no config.yaml" if Path(run).is_dir() else f"there is no run at {run}"
+        new = ", or a new run's config with --config" if args[0] == "fit" else ""
+        raise UsageError(f"{problem}; give a run's folder with --run{new}")
+    return args
 
 
 def _quiet() -> None:

@@ -22,6 +22,8 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from mmssl.training.messages import first_line
+
 _STEP = re.compile(r"step=(\d+)")
 
 
@@ -57,12 +59,12 @@ class AtomicCheckpointIO(CheckpointIO):
             _sync_folder(path.parent)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"cannot save {path}: a value in it is neither a tensor nor plain Python ({_first_line(error)}); "
+                f"cannot save {path}: a value in it is neither a tensor nor plain Python ({first_line(error)}); "
                 "look for a Path or an object among the hyperparameters and the states of modules and callbacks"
             ) from error
         except (OSError, RuntimeError) as error:  # a full disk is an OSError or torch's RuntimeError
             raise CheckpointError(
-                f"cannot save {path}: {_first_line(error)}; earlier checkpoints are untouched, "
+                f"cannot save {path}: {first_line(error)}; earlier checkpoints are untouched, "
                 "free some space or make the folder writable, then go on with --resume"
             ) from error
         finally:
@@ -83,7 +85,7 @@ class AtomicCheckpointIO(CheckpointIO):
         try:
             return torch.load(path, map_location=map_location, weights_only=weights_only is not False)
         except pickle.UnpicklingError as error:
-            raise CheckpointError(f"cannot load {path}: {_first_line(error)}") from error
+            raise CheckpointError(f"cannot load {path}: {first_line(error)}") from error
 
     def remove_checkpoint(self, path: str | Path) -> None:
         _remove_quietly(Path(path))
@@ -107,7 +109,7 @@ def _damage_of(path: Path, _mtime: int, size: int) -> str | None:
             bad = archive.testzip()
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        return f"the file is damaged or cut short ({_first_line(error)})"
+        return f"the file is damaged or cut short ({first_line(error)})"
     if bad is not None:
         return f"the file is damaged (wrong checksum of {bad})"
     return None if any(name.endswith("data.pkl") for name in names) else "the file is not a checkpoint"
@@ -142,7 +144,8 @@ def latest_checkpoint(folder: str | Path, say: Callable[[str], None] | None = No
     folder = Path(folder)
     if (folder / "checkpoints").is_dir():
         folder = folder / "checkpoints"
-    found = sorted(folder.glob("*.ckpt"), key=lambda path: (step_of(path), path.stat().st_mtime_ns), reverse=True)
+    # By step and name alone: another rank may rename a damaged one while this one looks.
+    found = sorted(folder.glob("*.ckpt"), key=lambda path: (step_of(path), path.name), reverse=True)
     for path in found:
         damage = damage_of(path)
         if damage is None:
@@ -288,7 +291,3 @@ def _remove_quietly(path: Path) -> None:
         path.unlink()
     except OSError:
         return  # it is gone, or cannot go; neither is worth stopping a run
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

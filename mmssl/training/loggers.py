@@ -5,7 +5,6 @@ import json
 import netrc
 import os
 import secrets
-import sys
 import urllib.error
 import urllib.request
 from argparse import Namespace
@@ -17,6 +16,8 @@ from urllib.parse import urlsplit
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities import rank_zero_only
+
+from mmssl.training.messages import first_line, warn
 
 T = TypeVar("T")
 
@@ -82,7 +83,7 @@ class MetricsFile(Logger):
             work()
         except OSError as error:
             self._broken = True
-            _warn(f"cannot write {self.path} ({error.strerror or error}); training goes on without it")
+            warn(f"cannot write {self.path} ({error.strerror or error}); training goes on without it")
 
     def _start(self, step: int) -> None:
         """Take up what an earlier start of this run wrote, up to the step before ``step``."""
@@ -183,7 +184,7 @@ class Wandb(WandbLogger):
             try:
                 run = self._init("online", self._run_id(), self._folder.name)
             except (wandb.Error, OSError, TimeoutError, ValueError) as error:
-                mode, why = "offline", f"cannot connect: {_first_line(error)}"
+                mode, why = "offline", f"cannot connect: {first_line(error)}"
         if run is None:
             mode = "offline"
             name = self._folder.name if not past else f"{self._folder.name}-{len(past) + 1}"
@@ -257,7 +258,7 @@ class Wandb(WandbLogger):
             return work()
         except Exception as error:  # noqa: BLE001  W&B must never stop a run, and it raises what it likes
             self._dead, self._experiment = True, None
-            _warn(f"W&B is off for this run ({_first_line(error)}); metrics.csv has the numbers")
+            warn(f"W&B is off for this run ({first_line(error)}); metrics.csv has the numbers")
             return None
 
 
@@ -291,11 +292,3 @@ def _as_int(text: str | None) -> int:
         return int(float(text or 0))
     except ValueError:
         return 0
-
-
-def _warn(line: str) -> None:
-    print(f"mmssl: warning: {line}", file=sys.stderr, flush=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -112,6 +112,18 @@ def test_newest_is_by_step_also_under_other_names(tmp_path: Path):
     assert latest_checkpoint(tmp_path).name == "last.ckpt"
 
 
+def test_a_checkpoint_that_another_rank_sets_aside_meanwhile(tmp_path: Path, monkeypatch):
+    good, bad = save(tmp_path, 10), save(tmp_path, 20)
+    steps = module.step_of
+
+    def step_of(path: Path) -> int:
+        bad.unlink(missing_ok=True)  # the other rank's rename, between the listing and the choice
+        return steps(path)
+
+    monkeypatch.setattr(module, "step_of", step_of)
+    assert latest_checkpoint(tmp_path, say=lambda line: None) == good
+
+
 def test_full_disk_leaves_the_earlier_one(tmp_path: Path):
     """A file size limit in a child process stands for the full disk: both make a write fail half-way."""
     import resource

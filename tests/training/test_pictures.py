@@ -1,12 +1,13 @@
 """The grids a person looks at: colours, sizes, the steps they are drawn at, and that drawing changes nothing."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from pairs import TINY
 from PIL import Image as PILImage
 from torch import Tensor
@@ -14,7 +15,6 @@ from torch.utils.data import DataLoader
 
 import mmssl
 from mmssl.data.tokenizer import TextTokenizer, train_tokenizer
-from mmssl.training.callbacks import pictures
 from mmssl.training.callbacks.pictures import Pictures, _pieces, draw_grid
 from mmssl.training.module import Completion
 
@@ -122,7 +122,6 @@ def run(
     runner = Trainer(
         default_root_dir=folder,
         accelerator="cpu",
-        logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
@@ -131,7 +130,7 @@ def run(
         num_sanity_val_steps=0,
         limit_val_batches=0,
         use_distributed_sampler=False,
-        **{"max_steps": 5, **trainer},
+        **{"max_steps": 5, "logger": False, **trainer},
     )
     runner.fit(module, data)
     return module.state_dict()
@@ -152,9 +151,27 @@ def test_drawing_changes_no_weight_and_happens_at_the_right_steps(tmp_path: Path
 
 def test_every_picture_is_drawn_once(tmp_path: Path, pair_shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(pictures, "_save", lambda trainer, grid, step: saved.append(step))
+    monkeypatch.setattr(Pictures, "_save", lambda self, trainer, grid, step: saved.append(step))
     run(tmp_path, pair_shards, [Pictures(every_n_steps=1, samples=2)], accumulate=3, max_steps=3)
     assert saved == [1, 2, 3]
+
+
+def test_a_full_disk_stops_no_run(
+    tmp_path: Path, pair_shards: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Images(DummyLogger):
+        steps: ClassVar[list[int]] = []
+
+        def log_image(self, key: str, images: list[Any], step: int) -> None:
+            self.steps.append(step)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PILImage.Image, "save", full)
+    run(tmp_path, pair_shards, [Pictures(every_n_steps=1, samples=2)], accumulate=1, max_steps=3, logger=Images())
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    assert Images.steps == [1, 2, 3]
 
 
 def test_training_mode_is_restored_part_by_part(tmp_path: Path, pair_shards: str) -> None:

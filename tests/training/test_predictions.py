@@ -3,13 +3,16 @@
 import csv
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from lightning import LightningModule, Trainer
 from pairs import caption
 from test_module import pair_config
 
 from mmssl.cli import main
 from mmssl.data.tokenizer import TextTokenizer
+from mmssl.training.callbacks.predictions import Predictions, PredictionsError
 
 
 def test_predict_writes_every_hidden_word(
@@ -39,3 +42,10 @@ def test_predict_writes_every_hidden_word(
     with (tmp_path / "run/metrics.csv").open(newline="") as file:
         fitted = [r for r in csv.DictReader(file) if r.get("val/loss")]
     assert float(row["val/loss"]) == pytest.approx(float(fitted[-1]["val/loss"]), rel=1e-6)
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "predictions").write_text("in the way")
+    trainer = Mock(spec=Trainer, default_root_dir=str(tmp_path), global_rank=0)
+    with pytest.raises(PredictionsError, match=r"cannot write predictions to .*File exists"):
+        Predictions().on_predict_start(trainer, Mock(spec=LightningModule))

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
+from mmssl.training.messages import warn
 from mmssl.training.module import Completion
 from mmssl.types import Batch
 
@@ -33,6 +33,7 @@ class Pictures(Callback):
         self.samples = samples
         self._batch: Batch | None = None
         self._drawn = -1
+        self._warned = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._drawn = trainer.global_step  # 0, or where a resumed run had drawn already
@@ -63,17 +64,23 @@ class Pictures(Callback):
             completion = module.complete(self._batch.to(module.device))
         for part, mode in modes.items():
             part.training = mode
-        _save(trainer, draw_grid(completion, getattr(module, "tokenizer", None)), step)
+        if trainer.is_global_zero:
+            self._save(trainer, draw_grid(completion, getattr(module, "tokenizer", None)), step)
 
-
-@rank_zero_only
-def _save(trainer: Trainer, grid: PILImage.Image, step: int) -> None:
-    folder = Path(trainer.default_root_dir) / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    grid.save(folder / f"step-{step:08d}.png")
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_image"):
-            logger.log_image("pictures", [grid])
+    def _save(self, trainer: Trainer, grid: PILImage.Image, step: int) -> None:
+        path = Path(trainer.default_root_dir) / "pictures" / f"step-{step:08d}.png"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(path)
+        except OSError as error:  # a full disk: a run is worth more than a picture of it
+            if not self._warned:
+                warn(
+                    f"cannot write {path} ({error.strerror or error}); training goes on without pictures in the folder"
+                )
+            self._warned = True
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("pictures", [grid], step=step)
 
 
 def draw_grid(completion: Completion, tokenizer: Any = None, tile: int = _TILE) -> PILImage.Image:

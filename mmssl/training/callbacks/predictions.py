@@ -1,6 +1,8 @@
 """What ``mmssl predict`` leaves behind: every hidden word with its guess, and grids of completed pictures."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,20 @@ from lightning import Callback, LightningModule, Trainer
 from mmssl.training.callbacks.pictures import draw_grid
 from mmssl.training.module import Completion
 from mmssl.types import Batch
+
+
+class PredictionsError(RuntimeError):
+    """Predictions could not be written.  The message says where, why and what to do."""
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PredictionsError(
+            f"cannot write predictions to {folder} ({error.strerror or error}); free some space or make it writable"
+        ) from error
 
 
 class Predictions(Callback):
@@ -20,6 +36,9 @@ class Predictions(Callback):
     Args:
         pictures: rows of the grid of each batch; 0 draws none.
         grids: draw the first so many batches.
+
+    Raises (from ``Trainer.predict``):
+        PredictionsError: the folder cannot be written to, or the disk is full.
     """
 
     def __init__(self, pictures: int = 8, grids: int = 4) -> None:
@@ -28,8 +47,9 @@ class Predictions(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.folder = Path(trainer.default_root_dir) / "predictions"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"words-{trainer.global_rank}.jsonl").unlink(missing_ok=True)
+        with _writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / f"words-{trainer.global_rank}.jsonl").unlink(missing_ok=True)
 
     def on_predict_batch_end(
         self,
@@ -40,8 +60,13 @@ class Predictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if not isinstance(outputs, Completion):
-            return
+        if isinstance(outputs, Completion):
+            with _writing(self.folder):
+                self._write(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _write(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Completion, batch: Batch, batch_idx: int
+    ) -> None:
         tokenizer: Any = getattr(pl_module, "tokenizer", None)
         if outputs.input_ids is not None:
             with (self.folder / f"words-{trainer.global_rank}.jsonl").open("a", encoding="utf-8") as file:
