@@ -38,7 +38,8 @@ class DataModule(LightningDataModule):
             the largest divisor of ``batch_size`` up to 64 (more for batches above 1,024).
         seed: of the order and of every random draw.
         budget: part of a worker's samples that may be bad before the run stops (counted from 1,000 samples on).
-        prefetch_factor: batches every worker prepares ahead.
+        prefetch_factor: batches every worker prepares ahead; raised in training where all workers together would hold
+            fewer than one optimizer step accumulates.  A rank then keeps up to two steps' batches in memory.
         val_samples: validate on this many samples, spread evenly over ``val``; None means all.
         bad_samples: file that names every bad sample; None means ``bad_samples.jsonl`` in the run's folder.
         multiprocessing_context: fork, spawn or forkserver; None means the system's default.
@@ -65,6 +66,8 @@ class DataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.lanes = choose_lanes(batch_size, lanes)
+        if val_batch_size is not None and val_batch_size < 1:
+            raise ValueError(f"val_batch_size is {val_batch_size}; give at least 1, or null for batch_size")
         if num_workers is not None and num_workers < 0:
             raise ValueError(f"num_workers is {num_workers}; give 0 or more, or null for a default")
         if prefetch_factor < 1:
@@ -74,7 +77,8 @@ class DataModule(LightningDataModule):
         if seed < 0:
             raise ValueError(f"seed is {seed}; give 0 or more")
         self.train, self.val = _sources(train), val
-        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
+        self.batch_size = batch_size
+        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
         self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
         self.seed, self.budget, self.val_samples = seed, budget, val_samples
         self.bad_samples, self.multiprocessing_context = bad_samples, multiprocessing_context

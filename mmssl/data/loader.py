@@ -33,14 +33,18 @@ def start_worker(worker: int) -> None:
     """Undo what a worker inherited: one that ran the main process's handlers would save and requeue on its own.
 
     A cluster sends its signals to all processes of a job, but the main process needs its batches until it has
-    saved.  So a worker ignores them all, but for a TERM that comes from the main process itself.
+    saved.  So a worker ignores them all, but for a TERM that comes from the main process itself.  Where the system
+    does not tell who sent a signal (macOS has no sigwaitinfo, and no such clusters), every TERM ends it.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # only the thread below takes it
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS - {signal.SIGTERM})
-    threading.Thread(target=_await_term, name="await-term", daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # only the thread below takes it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS - {signal.SIGTERM})
+        threading.Thread(target=_await_term, name="await-term", daemon=True).start()
+    else:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     torch.set_num_threads(1)
 
 
@@ -60,7 +64,8 @@ class Loader:
     Args:
         data: what to iterate.
         workers: number of processes; 0 does the work in this one.
-        prefetch: batches that every worker prepares ahead.
+        prefetch: batches that every worker prepares ahead; more where the workers together would not reach
+            ``accumulate``, so that the next window is made while one is trained (up to two windows are in memory).
         start_method: how processes start; None takes the system's default.
         pin_memory: for copies to a GPU.
         first: number of the batch to begin with (training only).
@@ -78,7 +83,7 @@ class Loader:
         first: Callable[[], int] | None = None,
         accumulate: Callable[[], int] | None = None,
     ) -> None:
-        self.data, self.first, self.accumulate = data, first, accumulate
+        self.data, self.first, self.accumulate, self.prefetch = data, first, accumulate, prefetch
         self._loader = DataLoader(
             data,
             batch_size=None,
@@ -109,8 +114,11 @@ class Loader:
     def _batches(self) -> Iterator[Batch]:
         if isinstance(self.data, TrainStream) and self.first is not None:
             self.data.start_batch = self.first()
+        workers = self._loader.num_workers
+        if workers and self.accumulate:
+            self._loader.prefetch_factor = max(self.prefetch, -(-self.accumulate() // workers))
         # Workers begin with these signals blocked, until start_worker has replaced the inherited handlers.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if self._loader.num_workers else None
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if workers else None
         try:
             iterator = iter(self._loader)
         finally:

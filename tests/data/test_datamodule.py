@@ -176,6 +176,7 @@ def test_shards_must_hold_what_the_objective_needs(tmp_path: Path, texts: str) -
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"val_batch_size": 0}, "val_batch_size is 0"),
         ({"lanes": 3}, "lanes is 3"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"prefetch_factor": 0}, "prefetch_factor is 0"),

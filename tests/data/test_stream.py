@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -329,6 +330,40 @@ def test_workers_do_not_inherit_handlers_and_survive_a_foreign_term(texts: str, 
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)
+
+
+def test_without_sigwaitinfo_a_term_ends_a_worker(texts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "sigwaitinfo")  # macOS has none
+    batches = iter(Loader(stream(texts, prepare=Signals()), workers=1, start_method="fork"))
+    pid, fine, _ = reports(next(batches))
+    assert fine == "1"
+    os.kill(int(pid), signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="signal: Terminated"):
+        list(itertools.islice(batches, 20))
+
+
+class Noted(ToyText):
+    """Writes down which batches the workers have begun."""
+
+    def sample(self, sample: Sample, draws: Draws, index: int) -> tuple[bytes, int]:
+        Path(os.environ["NOTED"], str(index)).touch()
+        return super().sample(sample, draws, index)
+
+
+def test_the_next_window_is_prepared_while_one_is_trained(
+    tmp_path: Path, texts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTED", str(tmp_path))
+    loader = Loader(stream(texts, prepare=Noted()), workers=2, prefetch=1, start_method="fork", accumulate=lambda: 5)
+    batches = iter(loader)
+    next(batches)
+    until = time.monotonic() + 20
+    while not (tmp_path / "9").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    begun = {int(path.name) for path in tmp_path.iterdir()}
+    batches.close()  # type: ignore[attr-defined]
+    assert begun == set(range(11))  # this window, the next, and one to share them out evenly; no more
 
 
 def test_a_failing_run_ends_its_workers_at_once(tmp_path: Path) -> None:
