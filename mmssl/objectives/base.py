@@ -26,7 +26,7 @@ from mmssl.masking.text import HiddenTokens, TextStrategy, check_text_strategy, 
 from mmssl.training.module import Completion, split_by_sample
 from mmssl.types import BadSample, Image, Loss, Sample, Text, ceil_to
 
-Ratio = float | tuple[float, float]
+Ratio = float | tuple[float, float] | list[float]  # of a list, exactly two: [first, last]
 
 
 class ImageExample(NamedTuple):
@@ -36,8 +36,11 @@ class ImageExample(NamedTuple):
 
 
 def check_ratio(name: str, ratio: Ratio) -> None:
-    """Raises ValueError unless every given ratio lies strictly between 0 and 1."""
-    for value in ratio if isinstance(ratio, tuple) else (ratio,):
+    """Raises ValueError unless it is one number, or two, strictly between 0 and 1."""
+    values = ratio if isinstance(ratio, tuple | list) else (ratio, ratio)
+    if len(values) != 2:
+        raise ValueError(f"{name} is {ratio}; give one number or [first, last]")
+    for value in values:
         if not 0 < value < 1:
             raise ValueError(
                 f"{name} is {value}; a part of the data must be hidden and a part seen: give 0 < ratio < 1"
@@ -46,7 +49,7 @@ def check_ratio(name: str, ratio: Ratio) -> None:
 
 def ratio_at(ratio: Ratio, index: int, batches: int) -> float:
     """The ratio at a batch: fixed, or moving in a straight line from the first to the second value."""
-    if not isinstance(ratio, tuple):
+    if not isinstance(ratio, tuple | list):
         return ratio
     first, last = ratio
     return first + (last - first) * min(1.0, index / max(1, batches - 1))
@@ -57,7 +60,7 @@ class PrepareText:
     """Tokenize, cut to length, hide, pack.
 
     A text longer than ``max_tokens`` gives a random window in training and its beginning in evaluation.
-    A scheduled ratio stands at its last value in evaluation.
+    A scheduled ratio stands at its last value in evaluation, whatever batch it is told.
     The packed axis is rounded up to ``pad_to_multiple_of`` tokens (a power of two keeps compiled kernels few).
     """
 
@@ -136,6 +139,8 @@ class PrepareImage:
 def check_image_masking(grid_size: tuple[int, int], ratio: float, strategy: str) -> None:
     """Raises ValueError for an unknown strategy, a ratio outside (0, 1), or a picture of one patch."""
     check_image_strategy(strategy)
+    if isinstance(ratio, tuple | list):
+        raise ValueError(f"mask_ratio of the image is {ratio}, but it does not move; give one number")
     check_ratio("mask_ratio of the image", ratio)
     if grid_size == (1, 1):
         raise ValueError("the picture is one single patch, which cannot be both seen and hidden; take smaller patches")

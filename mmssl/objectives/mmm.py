@@ -3,6 +3,7 @@
 FLAVA (Singh et al. 2022) gave the name, M3AE (Geng et al. 2022) the shape, BEiT-3 (Wang et al. 2023) the experts.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -92,7 +93,7 @@ class MMM(PretrainModule):
         image_mask_ratio: part of the patches that is hidden.
         text_masking: random, whole_word or span.
         image_masking: random, block or multi_block.
-        text_weight, image_weight: of the two losses (M3AE's paper weighs text 0.5).
+        text_weight, image_weight: of the two losses, 0 or more and not both 0 (M3AE's paper weighs text 0.5).
         max_tokens: longest caption in tokens, special tokens included; longer ones give a random window.
         vocab_size: if given, must equal the tokenizer's.
         norm_pix_loss: predict patches with their own mean and variance taken out.
@@ -126,6 +127,11 @@ class MMM(PretrainModule):
     ) -> None:
         super().__init__(**kwargs)
         self.save_hyperparameters()
+        for name, weight in {"text_weight": text_weight, "image_weight": image_weight}.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name} is {weight}; give 0 or more")
+        if text_weight == image_weight == 0:
+            raise ValueError("text_weight and image_weight are both 0: nothing would be learned; raise one")
         self.tokenizer = TextTokenizer(tokenizer)
         check_text_masking(self.tokenizer, vocab_size, text_mask_ratio, text_masking, max_tokens)
         encoder = make_backbone(

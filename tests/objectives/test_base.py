@@ -1,5 +1,7 @@
 """What the objectives share: pixels and patches, windows of long texts, packing, guesses handed back."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from mmssl.data.tokenizer import TextTokenizer
 from mmssl.draws import Draws
 from mmssl.objectives.base import Pixels, PrepareText, guesses, ratio_at
 from mmssl.training.module import split_by_sample
-from mmssl.types import BadSample, Image, Sample, Text
+from mmssl.types import BadSample, Batch, Image, Sample, Text
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 # No ten tokens of it come twice.
@@ -191,3 +193,24 @@ def test_guesses_leave_the_padding_out() -> None:
     assert found.labels == [[7], [8, 9]]
     assert found.guesses == [[7], [3, 9]]
     assert found.original is None
+
+
+# ---- all three
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"), [("MLM", False), ("MLM", True), ("MAE", False), ("MMM", False), ("MMM", True)]
+)
+def test_every_trainable_parameter_gets_a_gradient(
+    name: str, experts: bool, tokenizer_path: str, make_batch: Callable[..., Batch]
+) -> None:
+    """One without would stop DDP at the second step."""
+    decoder = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 4}
+    arguments = {"tokenizer": tokenizer_path} if name != "MAE" else {}
+    arguments |= decoder if name != "MLM" else {}
+    backbone = {"backbone": "vit_tiny_patch16_224", "backbone_options": {**TINY, "experts": experts}}
+    module = getattr(mmssl, name)(**arguments, **backbone)
+    batch = make_batch(module, 4)
+    sums = module.compare(module(batch), batch)
+    sum(sums[k].total / sums[k].count for k in module.loss_weights).backward()
+    assert [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None] == []

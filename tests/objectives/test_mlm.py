@@ -68,6 +68,8 @@ def test_a_scheduled_ratio_moves_in_a_straight_line(tokenizer_path: str, tiny: d
     assert [round(ratio_at((0.5, 0.1), i, 5), 6) for i in range(6)] == [0.5, 0.4, 0.3, 0.2, 0.1, 0.1]
     module = mmssl.MLM(tokenizer_path, "vit_tiny_patch16_224", tiny, mask_ratio=(0.4, 0.15))
     assert module.prepare(True).text.ratio == (0.4, 0.15)
+    module = mmssl.MLM(tokenizer_path, "vit_tiny_patch16_224", tiny, mask_ratio=[0.4, 0.2])
+    assert ratio_at(module.prepare(True).text.ratio, 1, 3) == pytest.approx(0.3)
 
 
 def test_long_texts_give_windows_that_keep_their_special_tokens(tokenizer_path: str, tiny: dict[str, object]) -> None:
@@ -98,6 +100,9 @@ def test_long_texts_give_windows_that_keep_their_special_tokens(tokenizer_path: 
     [
         ({"mask_ratio": 1.5}, "mask_ratio of the text is 1.5"),
         ({"mask_ratio": (0.3, 0.0)}, "mask_ratio of the text is 0.0"),
+        ({"mask_ratio": [0.3, 1.0]}, "mask_ratio of the text is 1.0"),
+        ({"mask_ratio": [0.4, 0.3, 0.15]}, r"mask_ratio of the text is \[0.4, 0.3, 0.15\]; give one number or \[first"),
+        ({"mask_ratio": [0.4]}, r"mask_ratio of the text is \[0.4\]"),
         ({"vocab_size": 30522}, "vocab_size is 30522 but the tokenizer"),
         ({"tokenizer": "nowhere.json"}, "nowhere.json"),
     ],

@@ -81,9 +81,17 @@ def test_a_batch_equals_its_samples_one_at_a_time(module: mmssl.MMM, make_batch:
     assert batch.counts == {name: int(whole[name].count) for name in ("text", "image")}
 
 
-def test_every_parameter_gets_a_gradient(module: mmssl.MMM, make_batch: Callable[..., Batch]) -> None:
-    batch = make_batch(module, 4)
-    sums = module.compare(module(batch), batch)
-    sum(sums[name].total / sums[name].count for name in module.loss_weights).backward()
-    without = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
-    assert without == []
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"text_weight": -1.0}, "text_weight is -1.0; give 0 or more"),
+        ({"image_weight": float("nan")}, "image_weight is nan; give 0 or more"),
+        ({"text_weight": 0.0, "image_weight": 0.0}, "text_weight and image_weight are both 0"),
+    ],
+)
+def test_weights_that_teach_nothing_are_refused(
+    tokenizer_path: str, tiny: dict[str, object], weights: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        mmssl.MMM(tokenizer_path, "vit_tiny_patch16_224", tiny, **weights)
+    assert "\n" not in str(caught.value)
