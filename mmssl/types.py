@@ -130,7 +130,9 @@ class Prepare(Protocol):
         ...
 
     def sample(self, sample: Sample, draws: Draws, index: int) -> Any:
-        """Decode, augment, tokenize, draw what is hidden.  ``index`` is the global batch (for schedules).
+        """Decode, augment, tokenize, draw what is hidden.
+
+        ``index`` is the global batch, for schedules; always 0 in evaluation, where schedules rest at their end.
 
         Raises BadSample.
         """
@@ -150,3 +152,8 @@ def segment_ids(cu_seqlens: Int[Tensor, " E"], total: int) -> Int[Tensor, " T"]:
     """The segment of every token of a packed axis, without a device synchronisation."""
     lengths = cu_seqlens.diff()
     return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=total)
+
+
+def positions_in_segment(cu_seqlens: Int[Tensor, " E"], total: int) -> Int[Tensor, " T"]:
+    """The position of every token of a packed axis within its segment, from 0, without a device synchronisation."""
+    return torch.arange(total, device=cu_seqlens.device) - cu_seqlens[segment_ids(cu_seqlens, total)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmssl.backbone.attention import Packing, has_varlen
 from mmssl.backbone.embed import sincos_1d, sincos_2d
 from mmssl.backbone.vit import Encoded
-from mmssl.types import Text, segment_ids
+from mmssl.types import Text, positions_in_segment
 
 
 class Decoder(nn.Module):
@@ -117,10 +117,8 @@ class Decoder(nn.Module):
 
     def _embed_text(self, encoded: Float[Tensor, "T D"], text: Text) -> Float[Tensor, "T E"]:
         x: Tensor = self.embed(encoded)
-        cu, rows = text.cu_seqlens, len(encoded)
-        position = torch.arange(rows, device=cu.device) - cu[segment_ids(cu, rows)]
         # A segment of padding may be longer than any text; its positions do not matter.
-        position = position.clamp(max=len(self.text_positions) - 1)
+        position = positions_in_segment(text.cu_seqlens, len(encoded)).clamp(max=len(self.text_positions) - 1)
         assert self.modality is not None
         return x + (self.text_positions[position] + self.modality).to(x.dtype)
 

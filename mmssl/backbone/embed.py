@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmssl.types import Text, segment_ids
+from mmssl.types import Text, positions_in_segment
 
 
 class TextEmbedding(nn.Module):
@@ -45,8 +45,7 @@ class TextEmbedding(nn.Module):
                     f"a text has {longest} tokens but the backbone has {self.max_tokens} positions; "
                     "raise max_text_tokens or cut the texts"
                 )
-        position = torch.arange(rows, device=cu.device) - cu[segment_ids(cu, rows)]
-        position = position.clamp(max=self.max_tokens - 1)
+        position = positions_in_segment(cu, rows).clamp(max=self.max_tokens - 1)
         x = self.token_embedding(text.input_ids) + self.position[position] + self.modality
         return cast(Tensor, self.norm(x))
 

@@ -182,8 +182,8 @@ class EvalSet(IterableDataset[Batch | StreamError]):
     """Batches for evaluation: finite, in order, the same in every epoch, equally many on every rank.
 
     What is missing to whole batches is filled with samples from the beginning, for which ``valid`` is False; so it
-    is for the substitute of a bad sample.  Draws are keyed by (seed, sample) and the global batch that ``prepare``
-    is told is always 0.
+    is for the substitute of a bad sample.  Draws are keyed by (seed, sample).  The global batch that ``prepare``
+    is told is always 0 and means nothing: an objective's evaluation half rests at the end of its schedules.
 
     Args:
         shards: the samples.

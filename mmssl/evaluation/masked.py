@@ -134,13 +134,10 @@ def _score_patches(module: Any, batch: Batch, score: PatchScore) -> None:
     if pixels.normalize_patches:
         return
     assert batch.image is not None
-    normalised = pixels(batch.image.pixels)
+    _, completed = pixels.complete(pixels(batch.image.pixels), batch.image, module(batch).patches.float())
     truth = pixels.patchify(batch.image.pixels.float() / 255)
-    predicted = module(batch).patches.float()
-    canvas = pixels.patchify(normalised)
-    index = batch.image.hidden.unsqueeze(-1).expand(-1, -1, canvas.shape[-1])
-    painted = pixels.restore(pixels.unpatchify(canvas.scatter(1, index, predicted), normalised.shape[2]))
-    predicted = pixels.patchify(painted).gather(1, index)
+    index = batch.image.hidden.unsqueeze(-1).expand(-1, -1, truth.shape[-1])
+    predicted = pixels.patchify(completed).gather(1, index)
     hidden = truth.gather(1, index)
     channels = batch.image.pixels.shape[1]
     seen = truth.gather(1, batch.image.visible.unsqueeze(-1).expand(-1, -1, truth.shape[-1]))
