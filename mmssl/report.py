@@ -23,6 +23,7 @@ from mmssl.draws import Draws
 from mmssl.evaluation.masked import ALL, MaskedScores, masked_prediction
 from mmssl.training.callbacks.pictures import draw_grid
 from mmssl.training.checkpoint import latest_checkpoint
+from mmssl.training.tokenizer_file import tokenizer_of_run
 from mmssl.types import BadSample, Batch, Prepare, Sample
 
 # What the demo's captions say of their words; other names are shown as they are.
@@ -102,7 +103,7 @@ def load_run(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The module of a run with its newest checkpoint's weights, and the run's resolved config.
 
     Raises:
-        ValueError: no config.yaml or no checkpoint in the folder.
+        ValueError: no config.yaml or no checkpoint in the folder, or another tokenizer than the checkpoint's.
     """
     path = folder / "config.yaml"
     config = yaml.safe_load(path.read_text()) if path.is_file() else None
@@ -114,6 +115,7 @@ def load_run(folder: Path) -> tuple[Any, dict[str, Any]]:
     module = _build(config["model"], folder)
     checkpoint_path = latest_checkpoint(folder / "checkpoints")
     checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+    module.on_load_checkpoint(checkpoint)  # refuses another tokenizer
     module.load_state_dict(checkpoint["state_dict"])
     module.report_step = checkpoint["global_step"]
     return module, config
@@ -122,8 +124,8 @@ def load_run(folder: Path) -> tuple[Any, dict[str, Any]]:
 def _build(model: dict[str, Any], folder: Path) -> Any:
     """The module that a config describes, its arguments read as mmssl fit reads them (lists become tuples)."""
     arguments = dict(model.get("init_args") or {})
-    if (folder / "tokenizer.json").is_file() and "tokenizer" in arguments:
-        arguments["tokenizer"] = str(folder / "tokenizer.json")
+    if "tokenizer" in arguments:
+        arguments["tokenizer"] = tokenizer_of_run(folder, arguments["tokenizer"])
     if isinstance(options := arguments.get("backbone_options"), dict):
         # The checkpoint holds the weights: fetch none that it replaces at once.
         arguments["backbone_options"] = {k: v for k, v in options.items() if k not in ("pretrained", "weights")}

@@ -130,8 +130,10 @@ def test_resume_falls_back_over_a_damaged_checkpoint(toy_folder: Path, capsys):
 def test_a_checkpoint_of_another_model_is_refused(toy_folder: Path, capsys):
     assert main(FIT) == 0
     capsys.readouterr()
-    message = error_of(capsys, [*FIT, "--resume", "--trainer.max_steps=30", "--model.width=5"])
+    message = error_of(capsys, ["fit", "--run", "runs/a", "--resume", "--trainer.max_steps=30", "--model.width=5"])
     assert message.startswith("the checkpoint does not fit the model")
+    # What failed has not become the run's config.
+    assert main(["fit", "--run", "runs/a", "--resume", "--trainer.max_steps=22"]) == 0
 
 
 @pytest.mark.parametrize(

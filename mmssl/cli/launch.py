@@ -27,6 +27,7 @@ from mmssl.training.callbacks.throughput import Throughput
 from mmssl.training.checkpoint import AtomicCheckpointIO, Checkpoints, latest_checkpoint, step_of
 from mmssl.training.loggers import MetricsFile, Wandb
 from mmssl.training.preemption import Preemption
+from mmssl.training.tokenizer_file import TokenizerFile, tokenizer_of_run
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": -1,  # has to be given: the schedule ends there
@@ -157,24 +158,19 @@ class Launch(LightningCLI):
             _refuse_a_run(self.folder)
         if _is_rank_zero():
             _make_folder(self.folder)
+        self._resolved = self._dumped(config)
+        asked = {"model.tokenizer", "model.init_args.tokenizer"} & dict(_options(self._args)).keys()
+        arguments = config.model.get("init_args") or {}
+        if (config.resume or not fit) and "tokenizer" in arguments and not asked:  # else the checkpoint's is compared
+            arguments["tokenizer"] = tokenizer_of_run(self.folder, arguments["tokenizer"])
 
-    def before_fit(self) -> None:
-        if rank_zero_only.rank == 0 and not self.config.fit.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._save_config()
-
-    def _save_config(self) -> None:
-        """Write the resolved config; an earlier start's that differs stays as config.1.yaml, config.2.yaml, ..."""
-        config = self.config[self.subcommand].clone()
+    def _dumped(self, config: Any) -> str:
+        """The resolved config as a later start may read it."""
+        config = config.clone()
         config.run = str(self.folder)
         config.resume, config.ckpt_path = False, None
-        text = self._parser(self.subcommand).dump(config, skip_none=False)
-        path = self.folder / "config.yaml"
-        if path.is_file() and path.read_text() != text:
-            number = 1
-            while (self.folder / f"config.{number}.yaml").exists():
-                number += 1
-            path.rename(self.folder / f"config.{number}.yaml")
-        path.write_text(text)
+        text: str = self._parser(self.subcommand).dump(config, skip_none=False)
+        return text
 
     # ---- the Trainer
 
@@ -190,6 +186,8 @@ class Launch(LightningCLI):
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in own):
             first.append(Lines())
         last: list[Callback] = [_Started(self._state)]
+        if fit and not config["fast_dev_run"]:
+            last += [_ConfigFile(self.folder, self._resolved), TokenizerFile(self.folder)]
         if self.subcommand == "predict" and not any(isinstance(c, Predictions) for c in own):
             last.append(Predictions())
         for checkpoints in callbacks:
@@ -230,6 +228,27 @@ class _Started(Callback):
         self._state["building"] = False
 
     on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = _note
+
+
+class _ConfigFile(Callback):
+    """Writes config.yaml when training starts; an earlier start's that differs stays as config.1.yaml, ...
+
+    Not before: what a start failed on would otherwise be in the way of the next one.
+    """
+
+    def __init__(self, folder: Path, text: str) -> None:
+        self._folder, self._text = folder, text
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        path = self._folder / "config.yaml"
+        if not trainer.is_global_zero or (path.is_file() and path.read_text() == self._text):
+            return
+        if path.is_file():
+            number = 1
+            while (self._folder / f"config.{number}.yaml").exists():
+                number += 1
+            path.rename(self._folder / f"config.{number}.yaml")
+        path.write_text(self._text)
 
 
 def _plugins(asked: Any) -> list[Any]:

@@ -4,12 +4,13 @@ An objective gives three things: ``prepare`` (the loader's half), ``forward`` (t
 (predictions to named sums).  Everything about *how* to train is here.
 """
 
-from pathlib import Path
+import hashlib
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from lightning import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -77,6 +78,7 @@ class PretrainModule(LightningModule):
         self.loss_weights: dict[str, float] = {}
         self._last_batch = -1
         self._window_total: dict[str, Tensor] = {}
+        self._window_sums: dict[str, Tensor] = {}
         self._eval_sums: dict[str, Tensor] = {}
 
     # ---- what an objective gives
@@ -96,11 +98,35 @@ class PretrainModule(LightningModule):
     def forward(self, batch: Batch) -> Any:
         return self.network(batch)
 
-    def on_fit_start(self) -> None:
-        # The run's folder holds all that is needed to use its weights later, wherever it is moved to.
+    # ---- what a checkpoint must agree with
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
+        if (digest := self._tokenizer_digest()) is not None:
+            checkpoint["tokenizer_sha256"] = digest
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError for another tokenizer than the weights', and for other windows than the run's."""
+        saved, mine = checkpoint.get("tokenizer_sha256"), self._tokenizer_digest()
+        if saved is not None and mine is not None and saved != mine:
+            raise ValueError(
+                f"the tokenizer {self.tokenizer.path} is not the one that the checkpoint's weights were trained with "  # type: ignore[union-attr]
+                f"(sha256 {mine[:8]}, not {saved[:8]}): its ids mean other words; name that one, which "
+                "mmssl fit keeps as tokenizer.json in the run's folder"
+            )
+        before = checkpoint.get("accumulate_grad_batches")
+        if before is None or self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        if before != self.trainer.accumulate_grad_batches:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches was {before} in the checkpoint, now "
+                f"{self.trainer.accumulate_grad_batches}: its count of batches would not fit the windows; "
+                f"set trainer.accumulate_grad_batches: {before} to go on, or begin a new run"
+            )
+
+    def _tokenizer_digest(self) -> str | None:
         tokenizer = getattr(self, "tokenizer", None)
-        if tokenizer is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            Path(self.trainer.default_root_dir, "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        return None if tokenizer is None else hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
 
     @property
     def total_batches(self) -> int:
@@ -121,6 +147,7 @@ class PretrainModule(LightningModule):
         sums = self.compare(self(batch), batch)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._window_total = self._count_window(batch)
+            self._window_sums = {}
         # DDP and FSDP average gradients over the ranks and Lightning divides by the micro-batches; we divide
         # by the count, so both are taken back here.
         undo = self.trainer.world_size * self.trainer.accumulate_grad_batches
@@ -129,7 +156,7 @@ class PretrainModule(LightningModule):
         )
         assert isinstance(loss, Tensor)
         if self._logs_now():
-            self._log_train(sums, batch.size)
+            self._add(self._window_sums, sums, torch.float32)
         return loss
 
     def _count_window(self, batch: Batch) -> dict[str, Tensor]:
@@ -153,6 +180,8 @@ class PretrainModule(LightningModule):
         limit = float("inf") if self.clip_grad_norm is None else self.clip_grad_norm
         norm = nn.utils.clip_grad_norm_(self.parameters(), limit)
         if self._logs_now():
+            for name, value in self._means(self._window_sums).items():
+                self.log(f"train/{name}", value)
             self.log("train/grad_norm", norm)
             self.log("train/lr", optimizer.param_groups[0]["lr"])
 
@@ -163,11 +192,11 @@ class PretrainModule(LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return (self.trainer.global_step + 1) % every == 0
 
-    def _log_train(self, sums: dict[str, Loss], size: int) -> None:
-        """Log this micro-batch's means, over all ranks; called by every rank at the same steps."""
-        means = self._means({name: torch.stack([s.total.detach(), s.count]) for name, s in sums.items()})
-        for name, value in means.items():
-            self.log(f"train/{name}", value, batch_size=size)
+    @staticmethod
+    def _add(sums: dict[str, Tensor], losses: dict[str, Loss], dtype: torch.dtype) -> None:
+        """Add a batch's (total, count) by name to ``sums``, on the device."""
+        for name, (total, count) in losses.items():
+            sums[name] = sums.get(name, 0) + torch.stack([total.detach().to(dtype), count.to(dtype)])
 
     def _means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """total / count by name after adding up the ranks, and the weighted loss that is trained on."""
@@ -182,9 +211,7 @@ class PretrainModule(LightningModule):
         self._eval_sums = {}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        for name, (total, count) in self.compare(self(batch), batch).items():
-            pair = torch.stack([total.detach().double(), count.double()])
-            self._eval_sums[name] = self._eval_sums.get(name, 0) + pair
+        self._add(self._eval_sums, self.compare(self(batch), batch), torch.float64)
 
     def on_validation_epoch_end(self) -> None:
         if self._eval_sums:
@@ -218,7 +245,14 @@ class PretrainModule(LightningModule):
             raise ValueError(
                 "trainer.max_steps is not set; the cosine schedule ends there, so give the number of steps"
             )
-        if self.warmup_steps >= self.trainer.max_steps:
+        limit, window = self.trainer.limit_train_batches, self.trainer.accumulate_grad_batches
+        trial = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]  # whose few steps are no schedule
+        if isinstance(limit, int) and limit % window and not trial:
+            raise ValueError(
+                f"trainer.limit_train_batches is {limit}, which trainer.accumulate_grad_batches {window} does not "
+                f"divide: the last optimizer step would lack batches; give a multiple of {window}"
+            )
+        if self.warmup_steps >= self.trainer.max_steps and not trial:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps} but trainer.max_steps is {self.trainer.max_steps}; "
                 "warm up for fewer steps than the run has"
@@ -230,6 +264,8 @@ class PretrainModule(LightningModule):
             eps=self.eps,
             weight_decay=self.weight_decay,
             no_weight_decay=self.no_weight_decay(),
+            # A fused step takes the scale of float16 gradients back itself, after we measured and clipped them.
+            fused=getattr(self.trainer.precision_plugin, "scaler", None) is None,
         )
         schedule = warmup_cosine(self.warmup_steps, self.trainer.max_steps, self.min_lr_ratio)
         return {

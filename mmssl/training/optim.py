@@ -16,14 +16,16 @@ def adamw(
     eps: float,
     weight_decay: float,
     no_weight_decay: Collection[str] = (),
+    fused: bool = True,
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019); biases, norms and ``no_weight_decay`` names (wildcards) are not decayed.
 
-    The fused kernel is used where every parameter lies on a device that has one.
+    The fused kernel is used, unless ``fused`` is False, where every parameter lies on a device that has one.
     """
     groups = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=no_weight_decay)
     kinds = {parameter.device.type for parameter in module.parameters()}
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=kinds <= {"cuda", "cpu"} and len(kinds) == 1)
+    fused = fused and kinds <= {"cuda", "cpu"} and len(kinds) == 1
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
 def warmup_cosine(warmup_steps: int, max_steps: int, floor: float) -> Callable[[int], float]:

@@ -1,6 +1,7 @@
 """One division by the global count, the schedule, the errors, and exact resume through the real command."""
 
 import csv
+import json
 import math
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -48,9 +50,12 @@ def test_ranks_and_micro_batches_train_as_one_batch(
     for other in (two_ranks, four_parts):
         for key, weight in one["weights"].items():
             torch.testing.assert_close(other["weights"][key], weight, rtol=1e-5, atol=1e-5, msg=key)
-    # The logged loss is the mean over all ranks, not rank 0's.
-    assert two_ranks["metrics"]["train/loss"] == pytest.approx(one["metrics"]["train/loss"], rel=1e-5)
-    assert two_ranks["metrics"]["train/grad_norm"] == pytest.approx(one["metrics"]["train/grad_norm"], rel=1e-4)
+        # The logged loss is the mean over all ranks and micro-batches, not rank 0's or the last one's.
+        logged = {name for name in one["metrics"] if name.startswith("train/loss")}
+        assert len(logged) == {"MLM": 2, "MMM": 3}[name]
+        for key in logged:
+            assert other["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-5)
+        assert other["metrics"]["train/grad_norm"] == pytest.approx(one["metrics"]["train/grad_norm"], rel=1e-4)
     assert (one["batches"], two_ranks["batches"], four_parts["batches"]) == (3, 3, 12)
 
 
@@ -84,6 +89,7 @@ def test_what_is_not_decayed(tokenizer_path: str) -> None:
         ({}, {"max_steps": 5, "gradient_clip_val": 1.0}, "clip_grad_norm"),
         ({}, {"max_epochs": 1}, "max_steps"),
         ({"warmup_steps": 5}, {"max_steps": 5}, "warmup_steps is 5"),
+        ({}, {"max_steps": 5, "limit_train_batches": 5, "accumulate_grad_batches": 2}, "limit_train_batches is 5"),
     ],
 )
 def test_errors_before_training(
@@ -128,6 +134,66 @@ def pair_config(folder: Path, tokenizer: str, shards: str) -> Path:
     path = folder / "pairs.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def small(tokenizer: str, **arguments: Any) -> mmssl.MLM:
+    return mmssl.MLM(tokenizer, "vit_tiny_patch16_224", TINY, max_tokens=32, pad_to_multiple_of=1, **arguments)
+
+
+def fit(module: Any, data: Any, folder: Path, checkpoint: str | Path | None = None, **trainer: Any) -> Trainer:
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    runner = Trainer(**quiet, accelerator="cpu", use_distributed_sampler=False, default_root_dir=folder, **trainer)
+    runner.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    return runner
+
+
+def test_a_trial_of_a_recipe_with_warm_up(tokenizer_path: str, pair_shards: str, tmp_path: Path) -> None:
+    data = mmssl.DataModule(pair_shards, batch_size=4, num_workers=0)
+    module = small(tokenizer_path, warmup_steps=100)
+    runner = fit(module, data, tmp_path, fast_dev_run=True, accumulate_grad_batches=2)
+    assert runner.global_step == 1
+
+
+def test_a_plain_trainer_leaves_nothing_in_its_folder(
+    tokenizer_path: str, pair_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = mmssl.DataModule(pair_shards, batch_size=4, num_workers=0)
+    fit(small(tokenizer_path), data, tmp_path, max_steps=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_a_checkpoint_is_refused(tokenizer_path: str, pair_shards: str, tmp_path: Path) -> None:
+    def data() -> mmssl.DataModule:
+        return mmssl.DataModule(pair_shards, val=pair_shards, batch_size=4, val_samples=4, num_workers=0)
+
+    path = tmp_path / "c.ckpt"
+    fit(small(tokenizer_path), data(), tmp_path, max_steps=1, accumulate_grad_batches=3).save_checkpoint(path)
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches was 3 in the checkpoint, now 2.*set trainer.acc"):
+        fit(small(tokenizer_path), data(), tmp_path, path, max_steps=2, accumulate_grad_batches=2)
+
+    # Of the same size, with two words the other way round: the weights would load.
+    other = tmp_path / "other.json"
+    content = json.loads(Path(tokenizer_path).read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["red"], vocabulary["blue"] = vocabulary["blue"], vocabulary["red"]
+    other.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tokenizer .*other.json is not the one .*tokenizer.json in the run's folder"):
+        fit(small(str(other)), data(), tmp_path, path, max_steps=2, accumulate_grad_batches=3)
+    runner = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer .*other.json is not the one"):
+        runner.validate(small(str(other)), data(), ckpt_path=path, weights_only=True)
+    runner.validate(small(tokenizer_path), data(), ckpt_path=path, weights_only=True)  # windows are training's
+
+
+@pytest.mark.parametrize("scaler", [None, object()])
+def test_no_fused_optimizer_under_a_gradient_scaler(tokenizer_path: str, scaler: object) -> None:
+    """It unscales the gradients in its step only, and we clip before."""
+    module = small(tokenizer_path)
+    module._trainer = Mock(max_steps=5, gradient_clip_val=None, limit_train_batches=1.0, fast_dev_run=False)
+    module._trainer.precision_plugin.scaler = scaler
+    optimizer = module.configure_optimizers()["optimizer"]
+    assert optimizer.defaults["fused"] is (scaler is None)
 
 
 def metrics(run: Path) -> dict[int, dict[str, str]]:

@@ -74,9 +74,7 @@ class Pictures(Callback):
             grid.save(path)
         except OSError as error:  # a full disk: a run is worth more than a picture of it
             if not self._warned:
-                warn(
-                    f"cannot write {path} ({error.strerror or error}); training goes on without pictures in the folder"
-                )
+                warn(f"cannot write {path} ({error.strerror or error}); training goes on without the file")
             self._warned = True
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
