@@ -9,7 +9,6 @@ import struct
 import zlib
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Literal
 
 import numpy as np
 import PIL.Image
@@ -23,8 +22,6 @@ from torchvision.transforms.v2 import functional as tv
 
 from mmssl.draws import Draws
 from mmssl.types import BadSample
-
-Interpolation = Literal["bicubic", "bilinear"]
 
 # Only formats that Pillow decodes itself: its EPS reader, for one, starts a program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -43,7 +40,7 @@ _PILLOW_ERRORS = (
 _EXIF_ORIENTATION = 0x0112
 
 
-def decode_image(data: bytes, max_pixels: int = 64_000_000, short_side: int | None = None) -> UInt8[Tensor, "3 H W"]:
+def decode_image(data: bytes, max_pixels: int = 64_000_000) -> UInt8[Tensor, "3 H W"]:
     """Decode any common picture to RGB, its first frame, upright.
 
     Grey is repeated, CMYK and palettes are converted, 16-bit values lose their low byte, transparency is laid over
@@ -52,29 +49,26 @@ def decode_image(data: bytes, max_pixels: int = 64_000_000, short_side: int | No
     Args:
         data: the file's bytes.
         max_pixels: larger pictures are refused before they are decoded.
-        short_side: JPEGs at least twice too large may be decoded at 1/2, 1/4 or 1/8 of their size, as long as
-            their short side keeps this many pixels; None decodes in full.
 
     Raises:
         BadSample: ``empty_image``, ``not_an_image``, ``too_large``, ``truncated`` or ``unreadable_image``.
     """
     if not data:
         raise BadSample("empty_image", "0 bytes")
-    pixels = _decode_jpeg(data, max_pixels, short_side) if data[:2] == b"\xff\xd8" else None
+    pixels = _decode_jpeg(data, max_pixels) if data[:2] == b"\xff\xd8" else None
     if pixels is None:
         pixels = _decode_with_pillow(data, max_pixels)
     return torch.from_numpy(pixels).permute(2, 0, 1)  # [H, W, 3] -> [3, H, W], strides stay
 
 
-def _decode_jpeg(data: bytes, max_pixels: int, short_side: int | None) -> NDArray[np.uint8] | None:
+def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
     """The fast path; None where Pillow must decide (CMYK, progressive oddities, damage that can be repaired)."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
         _check_size(width, height, max_pixels)
         if colorspace in ("CMYK", "YCCK"):
             return None
-        wanted = {} if short_side is None else _scaled(height, width, short_side)
-        pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", **wanted)
+        pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
     except (ValueError, KeyError) as error:  # KeyError: a colour space that simplejpeg does not know
         if "remature end" in str(error):
             raise BadSample("truncated", str(error)) from None
@@ -83,12 +77,6 @@ def _decode_jpeg(data: bytes, max_pixels: int, short_side: int | None) -> NDArra
     if orientation > 1:
         pixels = _upright(pixels, orientation)
     return pixels
-
-
-def _scaled(height: int, width: int, short_side: int) -> dict[str, int]:
-    # Powers of two are the scales with fast code; the decoder takes the smallest picture that fulfils all three.
-    factor = 2 ** int(math.log2(max(1, min(8, min(height, width) // short_side))))
-    return {"min_factor": factor, "min_height": -(-height // factor), "min_width": -(-width // factor)}
 
 
 def _jpeg_orientation(data: bytes) -> int:
@@ -150,20 +138,18 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def _check(img_size: int, interpolation: str) -> None:
+def _check(img_size: int) -> None:
     if img_size < 1:
         raise ValueError(f"img_size is {img_size}; give the side of the square in pixels, at least 1")
-    if interpolation not in ("bicubic", "bilinear"):
-        raise ValueError(f"interpolation is {interpolation!r}; give bicubic or bilinear")
 
 
-def _resize(image: UInt8[Tensor, "3 H W"], size: list[int], interpolation: str) -> UInt8[Tensor, "3 h w"]:
-    return tv.resize(image, size, interpolation=tv.InterpolationMode(interpolation), antialias=True)
+def _resize(image: UInt8[Tensor, "3 H W"], size: list[int]) -> UInt8[Tensor, "3 h w"]:
+    return tv.resize(image, size, interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
 
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """Cut a random rectangle, resize it to a square, mirror half of the time: MAE's only augmentation.
+    """Cut a random rectangle, resize it (bicubic) to a square, mirror half of the time: MAE's only augmentation.
 
     The rectangle is drawn as torchvision's ``RandomResizedCrop`` draws it (ten tries, then the largest central
     crop of an allowed ratio), from ``Draws``; every call takes 23 draws, so later draws do not depend on the tries.
@@ -173,20 +159,18 @@ class RandomResizedCrop:
         scale: smallest and largest part of the picture's area (He et al. 2022: 0.2 to 1).
         ratio: smallest and largest width / height of the rectangle.
         flip: mirror horizontally with probability 1/2; switch off where left and right matter, as for letters.
-        interpolation: bicubic (as MAE) or bilinear (faster), both antialiased.
 
     Raises:
-        ValueError: in the constructor, for a size, range or name that makes no sense.
+        ValueError: in the constructor, for a size or range that makes no sense.
     """
 
     img_size: int
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
-    interpolation: Interpolation = "bicubic"
 
     def __post_init__(self) -> None:
-        _check(self.img_size, self.interpolation)
+        _check(self.img_size)
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale is {self.scale}; give (smallest, largest) parts of the area within (0, 1]")
         if not 0 < self.ratio[0] <= self.ratio[1]:
@@ -210,38 +194,28 @@ class RandomResizedCrop:
         top, left, height, width = self.box(image.shape[1], image.shape[2], numbers)
         image = image[:, top : top + height, left : left + width]
         if (height, width) != (self.img_size, self.img_size):
-            image = _resize(image, [self.img_size, self.img_size], self.interpolation)
+            image = _resize(image, [self.img_size, self.img_size])
         return image.flip(-1) if self.flip and numbers[22] < 0.5 else image
 
 
 @dataclass(frozen=True)
 class ResizeCenterCrop:
-    """Resize the short side, cut the central square: for evaluation, draws nothing.
-
-    Args:
-        img_size: side of the square, in pixels.
-        short_side: pixels of the short side before the cut; None means ``img_size``.  ImageNet's habit is 256 for 224.
-        interpolation: bicubic or bilinear, both antialiased.
+    """Resize the short side (bicubic) to ``img_size`` pixels, cut the central square: for evaluation, draws nothing.
 
     Raises:
-        ValueError: in the constructor, for a size or name that makes no sense.
+        ValueError: in the constructor, for a size below 1.
     """
 
     img_size: int
-    short_side: int | None = None
-    interpolation: Interpolation = "bicubic"
 
     def __post_init__(self) -> None:
-        _check(self.img_size, self.interpolation)
-        if self.short_side is not None and self.short_side < self.img_size:
-            raise ValueError(f"short_side is {self.short_side}; it must be at least img_size ({self.img_size})")
+        _check(self.img_size)
 
     def __call__(self, image: UInt8[Tensor, "3 H W"], draws: Draws) -> UInt8[Tensor, "3 S S"]:
-        short = self.short_side or self.img_size
+        side = self.img_size
         _, height, width = image.shape
-        if min(height, width) != short:
-            scale = short / min(height, width)
-            size = [max(short, round(height * scale)), max(short, round(width * scale))]
-            image = _resize(image, size, self.interpolation)
-        top, left = (image.shape[1] - self.img_size) // 2, (image.shape[2] - self.img_size) // 2
-        return image[:, top : top + self.img_size, left : left + self.img_size]
+        if min(height, width) != side:
+            scale = side / min(height, width)
+            image = _resize(image, [max(side, round(height * scale)), max(side, round(width * scale))])
+        top, left = (image.shape[1] - side) // 2, (image.shape[2] - side) // 2
+        return image[:, top : top + side, left : left + side]
