@@ -56,11 +56,14 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@$(BIN)/python tools/installed.py dev > /dev/null 2>&1 || $(MAKE) install REQUIREMENT=".[dev]" WHAT="torch, lightning, timm, the test tools and the rest"
 	@touch $@ $(VENV)/.installed
 
+# Of what pip says the large downloads and the installing are shown, so that minutes are not silent.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-compile -c constraints.txt
+SHOW := awk '/(Downloading|Using cached).*[0-9][0-9.]* [MG]B\)/ || /^Installing/ { print "   " substr($$0, 1, 100); fflush() }'
+
 .PHONY: install
 install:
 	$(call stage,environment: installing $(WHAT) (3 GB to download, 6 GB on disk; 2 to 10 minutes),\
-		$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt setuptools && \
-		$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt --no-build-isolation -e "$(REQUIREMENT)")
+		$(PIP) -qq setuptools && $(PIP) --no-build-isolation -e "$(REQUIREMENT)" | $(SHOW))
 
 # ---- demo
 

@@ -33,7 +33,6 @@ from typing import Any
 MARKER = "complete.json"
 PAIRS_PER_SHARD = 1000
 TEXTS_PER_SHARD = 2000
-_SETTINGS = ("seed", "size", "pairs", "draws", "format", "vocab_size", "val", "texts")
 _OURS = re.compile(r"(pairs|text)-(train|val)-\d{6}\..*|labels\.json|tokenizer\.json(\.partial)?|complete\.json")
 
 
@@ -59,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=0, help="of colours, places, order and split (default: %(default)s)"
     )
-    parser.add_argument("--size", type=int, default=64, help="side of a picture in pixels (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=48, help="side of a picture in pixels (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=None, help="at most so many pairs, train and val together")
     parser.add_argument("--draws", type=int, default=1, help="pictures per glyph of train (default: %(default)s)")
     parser.add_argument(

@@ -133,8 +133,15 @@ def _contrast(a: tuple[int, ...], b: tuple[int, ...]) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-#: For each ink the papers it stands out from.
-PAPERS = {
-    ink: [paper for paper, other in COLOURS.items() if _contrast(rgb, other) >= MIN_CONTRAST]
-    for ink, rgb in COLOURS.items()
-}
+def _papers() -> dict[str, list[str]]:
+    found = {}
+    for ink, rgb in COLOURS.items():
+        darker = {paper: other for paper, other in COLOURS.items() if _luminance(other) < _luminance(rgb)}
+        if papers := [paper for paper, other in darker.items() if _contrast(rgb, other) >= MIN_CONTRAST]:
+            found[ink] = papers
+    return found
+
+
+#: For each ink the papers it stands out from.  The ink is the lighter of the two, as of chalk on a board: with light
+#: and dark swapped at random a model must first learn that shape is not brightness, longer than the demo lasts.
+PAPERS = _papers()

@@ -17,10 +17,10 @@ from mmssl.draws import Draws, mix
 SURVEY_PIXELS = 48
 JPEG_QUALITY = 92
 # Font sizes as parts of the picture's side: the usual ones, then those for glyphs that would stick out or be a speck.
-_USUAL = tuple(np.linspace(0.68, 1.04, 8))
+_USUAL = tuple(np.linspace(0.8, 0.98, 7))
 _SMALLER = (0.6, 0.5, 0.4, 0.32, 0.25, 0.18, 0.12)
 _LARGER = (1.4, 1.9, 2.6, 3.6)
-_SHIFT = 0.3  # the place varies by this part of the side
+_SHIFT = 0.1  # the place varies by this part of the side
 _SPECK = 0.22  # a glyph's longer side is at least this part of the picture's
 
 
@@ -91,7 +91,7 @@ def sample(glyph: Glyph, size: int, image_format: str, draws: Draws) -> dict[str
     """One pair in img2dataset's layout: the picture, .txt, .json and .cls."""
     character = chr(glyph.codepoint)
     u = draws.uniform(11).tolist()
-    ink = list(COLOURS)[int(u[0] * len(COLOURS))]
+    ink = list(PAPERS)[int(u[0] * len(PAPERS))]
     paper = PAPERS[ink][int(u[1] * len(PAPERS[ink]))]
     ink_rgb, paper_rgb = _jittered(ink, u[2:5]), _jittered(paper, u[5:8])
     blend = np.linspace(paper_rgb, ink_rgb, 256).round().astype(np.uint8)  # [coverage, channel]
