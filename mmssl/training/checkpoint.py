@@ -206,13 +206,17 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._rng = rng_state()
+        self.note_rng()
         step = trainer.global_step
         if step == self._seen_step:  # a micro-batch inside an accumulated step
             return
         self._seen_step = step
         if step % self.every_n_steps == 0 or step == trainer.max_steps:
             self.save(trainer)
+
+    def note_rng(self) -> None:
+        """Keep the generators' state at the end of a batch, which is what a checkpoint saved from here on holds."""
+        self._rng = rng_state()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Validation draws from the generators too (a loader's seed); a run that resumes after it must not notice.

@@ -1,7 +1,8 @@
 """Ctrl-C, SIGTERM and SIGUSR2: save after the current optimizer step, then stop with an exit code that says so.
 
 The handler only sets a flag.  Saving inside a handler deadlocks as soon as one rank is at another place than the
-others, so the ranks look at the flag together at the end of a step, agree, save and leave.
+others, so the ranks look at the flag together at the end of a step, agree and save.  They leave before the next step:
+a resumed run repeats neither this step's row in the logs nor a validation that is due now.
 """
 
 import os
@@ -33,7 +34,7 @@ class Preempted(SystemExit):
 
 
 class Preemption(Callback):
-    """Saves and stops at the end of an optimizer step after SIGINT, SIGTERM or SIGUSR2.
+    """Saves at the end of an optimizer step after SIGINT, SIGTERM or SIGUSR2, and stops before the next.
 
     A second Ctrl-C aborts at once, without saving.
 
@@ -56,10 +57,12 @@ class Preemption(Callback):
         self._active = False
         self._pid = os.getpid()
         self._seen_step = 0
+        self._leaving: Preempted | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._pid, self._active, self.received = os.getpid(), True, None
+            self._leaving = None
             self._install()
 
     # Lightning puts its own SIGTERM handler, with a broadcast inside, before ours when the run starts: take it back.
@@ -77,10 +80,17 @@ class Preemption(Callback):
         if step == self._seen_step:  # a micro-batch inside an accumulated step
             return
         self._seen_step = step
-        if step == trainer.max_steps or not self._agreed(trainer, step):
+        if self._leaving is not None or step == trainer.max_steps or not self._agreed(trainer, step):
             return
+        self.checkpoints.note_rng()  # Lightning puts it behind every other callback: it has seen the batch before only
         path = self.checkpoints.save(trainer)
-        raise Preempted(self.received or signal.SIGTERM, step, path, trainer.global_rank)
+        self._leaving = Preempted(self.received or signal.SIGTERM, step, path, trainer.global_rank)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._leaving is not None:
+            raise self._leaving
 
     def _agreed(self, trainer: pl.Trainer, step: int) -> bool:
         if trainer.world_size == 1:

@@ -1,5 +1,6 @@
 """Signals, in a real process: a whole checkpoint at an optimizer step, and a run that goes on from it."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -102,6 +103,40 @@ def test_a_cluster_s_signals_exit_with_75(toy_folder: Path, monkeypatch, signum:
     [path] = (toy_folder / "runs/a/checkpoints").glob("*.ckpt")
     assert path.name == "step=00000003.ckpt"
     assert damage_of(path) is None
+
+
+def test_the_row_and_the_validation_of_the_last_step_are_kept(toy_folder: Path, monkeypatch):
+    """A signal in step 10, after which both are due, and which a resumed run does not repeat."""
+    import toy
+
+    step = toy.ToyModule.training_step
+
+    def step_with_signal(self: toy.ToyModule, batch: object, batch_idx: int) -> torch.Tensor:
+        if batch_idx == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(toy.ToyModule, "training_step", step_with_signal)
+    assert main(["fit", "--config", "toy.yaml", "--run", "runs/a"]) == 75
+    assert latest_checkpoint(toy_folder / "runs/a").name == "step=00000010.ckpt"
+    cut = rows(toy_folder / "runs/a/metrics.csv")
+    assert list(cut) == [4, 9]
+    assert cut[9]["train/loss"]
+    assert cut[9]["val/loss"]
+
+    monkeypatch.setattr(toy.ToyModule, "training_step", step)
+    assert main(["fit", "--run", "runs/a", "--resume"]) == 0
+    assert main(["fit", "--config", "toy.yaml", "--run", "runs/b"]) == 0
+    whole, both = rows(toy_folder / "runs/b/metrics.csv"), rows(toy_folder / "runs/a/metrics.csv")
+    assert list(whole) == list(both) == [4, 9, 14, 19]
+    for number, row in whole.items():
+        for name in ("train/loss", "val/loss"):
+            assert both[number][name] == row[name], (number, name)
+
+
+def rows(path: Path) -> dict[int, dict[str, str]]:
+    with path.open(newline="") as file:
+        return {int(row["step"]): row for row in csv.DictReader(file)}
 
 
 def test_a_signal_in_the_last_step_does_not_spoil_a_finished_run(toy_folder: Path, monkeypatch):
