@@ -219,8 +219,13 @@ def test_colours_can_be_told_apart() -> None:
     values = list(captions.COLOURS.values())
     distances = [np.linalg.norm(np.subtract(a, b)) for i, a in enumerate(values) for b in values[:i]]
     assert min(distances) > 4 * captions.JITTER
-    assert all(len(papers) >= 4 for papers in captions.PAPERS.values())
-    assert all(ink not in papers for ink, papers in captions.PAPERS.items())
+    # Ten inks, the other two colours are papers only; the ink is the lighter of the two.
+    assert len(captions.PAPERS) == 10
+    assert set(captions.PAPERS) | set().union(*captions.PAPERS.values()) == set(captions.COLOURS)
+    for ink, papers in captions.PAPERS.items():
+        assert papers
+        for paper in papers:
+            assert captions._luminance(captions.COLOURS[ink]) > captions._luminance(captions.COLOURS[paper])
 
 
 def test_pieces_of_prose() -> None:
@@ -238,7 +243,7 @@ def test_pieces_of_prose() -> None:
 def test_draws_give_the_same_glyph_other_colours() -> None:
     glyph = glyphs.Glyph(ord("a"), ALL_FONTS["DejaVuSans.ttf"], captions.Style("regular", "upright", "sans"))
     samples = [glyphs.sample(glyph, 48, "png", Draws(0, k)) for k in range(40)]
-    assert len({sample["txt"] for sample in samples}) > 25
+    assert len({sample["txt"] for sample in samples}) > 15
     assert all(decode_image(sample["png"]).shape == (3, 48, 48) for sample in samples[:3])
 
 
