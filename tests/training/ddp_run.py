@@ -10,6 +10,7 @@ from lightning import Trainer, seed_everything
 from pairs import TINY
 
 import mmssl
+from mmssl.training.callbacks.throughput import Throughput
 
 
 def main(out: str, name: str, tokenizer: str, shards: str, devices: int, batch_size: int, accumulate: int) -> None:
@@ -31,6 +32,7 @@ def main(out: str, name: str, tokenizer: str, shards: str, devices: int, batch_s
         accumulate_grad_batches=accumulate,
         log_every_n_steps=1,
         logger=False,
+        callbacks=[Throughput()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

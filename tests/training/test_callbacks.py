@@ -2,11 +2,14 @@
 
 import re
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from torch.utils.data import DataLoader
 from toy import ToyData, ToyModule, ToyStream
 
@@ -47,7 +50,7 @@ def test_waiting_for_data_is_told_from_work(tmp_path: Path):
     assert 0.015 < speed["data_wait_seconds"] < speed["step_seconds"]
     assert 0.5 < speed["data_wait_share"] < 0.95
     assert speed["samples_per_second"] == pytest.approx(2 / speed["step_seconds"])
-    assert speed["text_tokens_per_second"] == pytest.approx(5 / speed["step_seconds"])
+    assert speed["text_tokens_per_second"] == pytest.approx(4 / speed["step_seconds"])  # and one of padding
     assert runner.callback_metrics["data/bad/truncated"] == 10
     assert runner.callback_metrics["speed/samples_per_second"] == pytest.approx(speed["samples_per_second"])
 
@@ -60,11 +63,37 @@ def test_a_step_is_an_optimizer_step(tmp_path: Path):
     assert runner.callback_metrics["data/bad/truncated"] == 15
 
 
-def test_counters_survive_a_checkpoint():
-    first, second = Throughput(), Throughput()
-    first._totals = {"bad/truncated": 3}
-    second.load_state_dict(first.state_dict())
-    assert second._totals == {"bad/truncated": 3}
+def test_counters_survive_a_checkpoint(tmp_path: Path):
+    runner = train(tmp_path, ToyData(), [Throughput()])
+    runner.save_checkpoint(tmp_path / "c.ckpt")
+    again = pl.Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        max_steps=15,
+        log_every_n_steps=5,
+        limit_val_batches=0,
+        callbacks=[Throughput()],
+    )
+    again.fit(ToyModule(), ToyData(), ckpt_path=tmp_path / "c.ckpt", weights_only=True)
+    assert again.callback_metrics["data/bad/truncated"] == 15
+
+
+def test_counters_are_sums_over_ranks_that_met_other_names(monkeypatch: pytest.MonkeyPatch):
+    def gather(every: list[Any], mine: Any) -> None:
+        every[:] = [mine, (4, Counter({"bad/decode": 2, "bad/truncated": 1}))]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    trainer = Mock(spec=pl.Trainer, world_size=2, is_global_zero=True)
+    first, checkpoint = Throughput(), {}
+    first._totals.update({"bad/truncated": 3})
+    first.on_save_checkpoint(trainer, Mock(spec=pl.LightningModule), checkpoint)
+    assert checkpoint["notes"] == {"bad/truncated": 4, "bad/decode": 2}
+    for zero in (True, False):  # counted once after a resumption, not once a rank
+        trainer.is_global_zero = zero
+        first.on_load_checkpoint(trainer, Mock(spec=pl.LightningModule), checkpoint)
+        assert first._totals == (checkpoint["notes"] if zero else {})
 
 
 def test_lines_are_few_and_whole(tmp_path: Path):

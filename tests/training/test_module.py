@@ -55,6 +55,11 @@ def test_ranks_and_micro_batches_train_as_one_batch(
         assert len(logged) == {"MLM": 2, "MMM": 3}[name]
         for key in logged:
             assert other["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-5)
+        tokens, expected = (
+            run["metrics"]["speed/text_tokens_per_second"] / run["metrics"]["speed/samples_per_second"]
+            for run in (other, one)
+        )
+        assert tokens == pytest.approx(expected)  # a sample, over all ranks and micro-batches
         assert other["metrics"]["train/grad_norm"] == pytest.approx(one["metrics"]["train/grad_norm"], rel=1e-4)
     assert (one["batches"], two_ranks["batches"], four_parts["batches"]) == (3, 3, 12)
 

@@ -1,11 +1,14 @@
 """How fast a run goes and what it waits for, measured without ever waiting for the device."""
 
 import time
+from collections import Counter
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import Profiler
+from torch import Tensor
 
 
 class _FetchTimer(Profiler):
@@ -43,10 +46,11 @@ class _FetchTimer(Profiler):
 class Throughput(Callback):
     """Logs, every ``trainer.log_every_n_steps`` optimizer steps, means since the last time:
 
-    - ``speed/samples_per_second``, ``speed/text_tokens_per_second``: over all ranks
+    - ``speed/samples_per_second``, ``speed/text_tokens_per_second``: over all ranks; padding is no text
     - ``speed/step_seconds``: wall time of an optimizer step; ``speed/data_wait_seconds``: of it, waiting for the loader
     - ``speed/data_wait_share``: the waiting as a part of all time, 0 to 1
-    - ``data/<counter>``: the sum of ``Batch.notes`` since the run began, for instance ``data/bad/truncated``
+    - ``data/<counter>``: the sum of ``Batch.notes`` since the run began, over all ranks, for instance
+      ``data/bad/truncated``
 
     Validation, pictures and checkpoints are not counted, so this callback comes first in the list.  On a GPU the
     host runs ahead of the device; over a window the means are right all the same, because the queue between the
@@ -54,7 +58,7 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        self._totals: dict[str, int] = {}
+        self._totals: Counter[str] = Counter()  # of this rank; what was before a resumption, rank 0 has
         self._step = 0
         self._batch_start = 0.0
         self._timer: _FetchTimer | None = None
@@ -62,7 +66,8 @@ class Throughput(Callback):
         self._clear()
 
     def _clear(self) -> None:
-        self._samples = self._tokens = self._steps = 0
+        self._samples = self._steps = 0
+        self._tokens: Tensor | int = 0  # on the device, and read only when it is logged
         self._worked = 0.0
         if self._timer is not None:
             self._timer.waited = 0.0
@@ -86,9 +91,8 @@ class Throughput(Callback):
         self._samples += getattr(batch, "size", 0)
         text = getattr(batch, "text", None)
         if text is not None:
-            self._tokens += text.input_ids.numel()
-        for name, count in getattr(batch, "notes", {}).items():
-            self._totals[name] = self._totals.get(name, 0) + count
+            self._tokens = self._tokens + text.cu_seqlens[batch.size].long()
+        self._totals.update(getattr(batch, "notes", {}))
         if trainer.global_step == self._step:  # a micro-batch inside an accumulated step
             return
         self._step = trainer.global_step
@@ -107,15 +111,29 @@ class Throughput(Callback):
             "data_wait_seconds": waited / self._steps,
             "data_wait_share": waited / seconds,
         }
-        if self._tokens:
-            self.latest["text_tokens_per_second"] = ranks * self._tokens / seconds
+        tokens, totals = _over_ranks(trainer, int(self._tokens), self._totals)
+        if tokens:
+            self.latest["text_tokens_per_second"] = tokens / seconds
         for name, value in self.latest.items():
             pl_module.log(f"speed/{name}", value, rank_zero_only=True, batch_size=1)
-        for name, total in self._totals.items():
+        for name, total in totals.items():
             pl_module.log(f"data/{name}", float(total), rank_zero_only=True, batch_size=1)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"totals": dict(self._totals)}
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["notes"] = dict(_over_ranks(trainer, 0, self._totals)[1])
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._totals = dict(state_dict["totals"])
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._totals = Counter(checkpoint.get("notes", {}) if trainer.is_global_zero else {})
+
+
+def _over_ranks(trainer: pl.Trainer, tokens: int, totals: Counter[str]) -> tuple[int, Counter[str]]:
+    """The sums over all ranks, which call this together.  As objects: a rank knows only the names that it met."""
+    every: list[Any] = [(tokens, totals)]
+    if trainer.world_size > 1:
+        every = [None] * trainer.world_size
+        torch.distributed.all_gather_object(every, (tokens, totals))
+    return sum(tokens for tokens, _ in every), sum((totals for _, totals in every), Counter())
