@@ -7,7 +7,7 @@ from typing import Any, NotRequired, TypedDict
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
-from mmssl.data.loader import Loader, StartMethod, default_workers
+from mmssl.data.loader import Loader, StartMethod, default_workers, leave_cores
 from mmssl.data.members import missing, sample_text
 from mmssl.data.order import check_world, choose_lanes
 from mmssl.data.shards import ShardSet
@@ -174,6 +174,8 @@ class DataModule(LightningDataModule):
         trainer = self.trainer
         workers = default_workers(trainer.num_devices) if self.num_workers is None else self.num_workers
         training = isinstance(data, TrainStream)
+        if training and trainer.strategy.root_device.type == "cpu":
+            leave_cores(workers, trainer.num_devices)
         loader = Loader(
             data,
             workers=workers if isinstance(data, TrainStream) else min(workers, len(data)),

@@ -24,9 +24,23 @@ def default_workers(processes: int) -> int:
 
     SLURM binds every task to its own cores; elsewhere the processes share what the system allows them.
     """
+    return max(1, min(8, _cores(processes) - 1))
+
+
+def leave_cores(workers: int, processes: int) -> None:
+    """Training on a CPU: let torch compute with the cores that the loader's workers leave.
+
+    OpenMP's threads wait for each other by spinning.  With as many of them as cores, a loader that wants one of the cores
+    stops the whole step again and again: seen to take ten times as long.  OMP_NUM_THREADS, if set, has the last word.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), _cores(processes) - workers)))
+
+
+def _cores(processes: int) -> int:
+    """Cores for each of ``processes`` training processes of this node."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores if "SLURM_CPUS_PER_TASK" in os.environ else cores // max(1, processes)
-    return max(1, min(8, share - 1))
+    return cores if "SLURM_CPUS_PER_TASK" in os.environ else cores // max(1, processes)
 
 
 def start_worker(worker: int) -> None:

@@ -10,6 +10,7 @@ from lightning import LightningModule, Trainer
 from toys import ToyImage, ToyText, jpeg, number, write_shards
 from webdataset import TarWriter
 
+from mmssl.data import loader
 from mmssl.data.datamodule import DataModule
 from mmssl.data.tar import ShardError
 from mmssl.types import Batch, Prepare
@@ -216,3 +217,20 @@ torch.save((module.seen, module.validated), {str(tmp_path)!r} + f"/rank{{made.gl
     data = DataModule(texts, batch_size=8, num_workers=0)
     trainer(tmp_path, max_steps=6).fit(again, data, ckpt_path=str(tmp_path / "two.ckpt"))
     assert [index for index, _, _ in again.seen] == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("workers", "asked", "threads"), [(1, None, 3), (3, None, 1), (9, None, 1), (0, None, 4), (1, "2", 4)]
+)
+def test_training_leaves_cores_to_its_workers(
+    workers: int, asked: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(loader, "_cores", lambda processes: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    loader.leave_cores(workers, 1)
+    assert (seen or [4]) == [threads]
