@@ -62,6 +62,12 @@ def test_a_run_goes_on_with_its_own_tokenizer(
     assert not Path("run/config.2.yaml").exists()
 
 
+def test_a_trial_writes_no_run(folder: Path) -> None:
+    trial = ["--run", "trial", "--trainer.fast_dev_run", "true", "--model.warmup_steps", "100"]
+    assert main(["fit", "--config", "c.yaml", *trial, "--trainer.accumulate_grad_batches", "2"]) == 0
+    assert list(Path("trial").iterdir()) == []
+
+
 def test_another_tokenizer_is_never_written_over(
     folder: Path, tokenizer_path: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
