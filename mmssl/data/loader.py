@@ -30,8 +30,9 @@ def default_workers(processes: int) -> int:
 def leave_cores(workers: int, processes: int) -> None:
     """Training on a CPU: let torch compute with the cores that the loader's workers leave.
 
-    OpenMP's threads wait for each other by spinning.  With as many of them as cores, a loader that wants one of the cores
-    stops the whole step again and again: seen to take ten times as long.  OMP_NUM_THREADS, if set, has the last word.
+    OpenMP's threads wait for each other by spinning.  With as many of them as cores, a loader that wants one of the
+    cores stops the whole step again and again: seen to take ten times as long.  OMP_NUM_THREADS, if set, has the
+    last word.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), _cores(processes) - workers)))
