@@ -98,7 +98,7 @@ class TextTokenizer:
     def _load(self, serialized: str, path: str) -> None:
         try:
             backend = Tokenizer.from_str(serialized)
-        except Exception as error:
+        except Exception as error:  # the library raises no narrower class
             raise ValueError(
                 f"tokenizer {path}: not a Hugging Face tokenizer.json ({str(error).splitlines()[0]}). "
                 "Give the tokenizer.json of a fast tokenizer, not vocab.txt, spiece.model or tokenizer_config.json."
