@@ -211,7 +211,8 @@ class PretrainModule(LightningModule):
         self._eval_sums = {}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._add(self._eval_sums, self.compare(self(batch), batch), torch.float64)
+        precise = torch.float32 if self.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        self._add(self._eval_sums, self.compare(self(batch), batch), precise)
 
     def on_validation_epoch_end(self) -> None:
         if self._eval_sums:
