@@ -4,10 +4,11 @@ Every global batch is a pure function of its number.  Of W workers, worker w bui
 the DataLoader hands them out in turn, so the number of workers changes nothing.
 """
 
+import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,17 @@ def _mine() -> tuple[int, int]:
     return (0, 1) if info is None else (info.id, info.num_workers)
 
 
+def _until_error(batch: Callable[[int], Batch], numbers: Iterable[int]) -> Iterator[Batch | StreamError]:
+    """The batches of these numbers; an error that a person must mend comes last, as an item."""
+    for number in numbers:
+        try:
+            made = batch(number)
+        except (ShardError, TooManyBadSamples) as error:
+            yield error
+            return
+        yield made
+
+
 class TrainStream(IterableDataset[Batch | StreamError]):
     """Batches for training, without end; for ``DataLoader(stream, batch_size=None)``.
 
@@ -167,15 +179,7 @@ class TrainStream(IterableDataset[Batch | StreamError]):
 
     def __iter__(self) -> Iterator[Batch | StreamError]:
         worker, workers = _mine()
-        number = self.start_batch + worker
-        while True:
-            try:
-                batch = self.batch(number)
-            except (ShardError, TooManyBadSamples) as error:
-                yield error
-                return
-            yield batch
-            number += workers
+        return _until_error(self.batch, itertools.count(self.start_batch + worker, workers))
 
 
 class EvalSet(IterableDataset[Batch | StreamError]):
@@ -238,10 +242,4 @@ class EvalSet(IterableDataset[Batch | StreamError]):
 
     def __iter__(self) -> Iterator[Batch | StreamError]:
         worker, workers = _mine()
-        for number in range(worker, len(self), workers):
-            try:
-                batch = self.batch(number)
-            except (ShardError, TooManyBadSamples) as error:
-                yield error
-                return
-            yield batch
+        return _until_error(self.batch, range(worker, len(self), workers))

@@ -272,13 +272,13 @@ def reconstruction_loss(
     error = (prediction.float() - target.float()).square().mean(-1)  # [B, U]
     if valid is not None:
         error = error * valid.unsqueeze(1)
-    patches = error.shape[1] * (valid.sum() if valid is not None else error.shape[0])
-    return Loss(error.sum(), torch.as_tensor(patches, dtype=torch.float32, device=error.device))
+        return Loss(error.sum(), error.shape[1] * valid.sum().float())
+    return Loss(error.sum(), torch.full((), float(error.numel()), device=error.device))
 
 
 def token_losses(logits: Float[Tensor, "M K"], labels: Int[Tensor, " M"]) -> tuple[Loss, Loss]:
-    """(cross-entropy, top-1 hits) over the hidden tokens: sums with their number (DESIGN: L = sum -log p)."""
-    count = torch.tensor(float(len(labels)), device=logits.device)
+    """(cross-entropy, top-1 hits) over the hidden tokens: sums with their number; L = sum -log p."""
+    count = torch.full((), float(len(labels)), device=logits.device)  # filled there: a copy would make the host wait
     total = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
     hits = (logits.detach().argmax(-1) == labels).sum().float()
     return Loss(total, count), Loss(hits, count)

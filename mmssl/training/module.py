@@ -164,7 +164,8 @@ class PretrainModule(LightningModule):
         window = batch.window
         if window is None:  # a loader of the user's own: the best that can be known is this micro-batch
             window = {name: n * self.trainer.accumulate_grad_batches for name, n in batch.counts.items()}
-        counts = torch.tensor([window[name] for name in self.loss_weights], dtype=torch.float32, device=self.device)
+        # Filled on the device: a copy from the host would wait for all that the device has still to do.
+        counts = torch.stack([torch.full((), float(window[name]), device=self.device) for name in self.loss_weights])
         if self.trainer.world_size > 1:
             counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
         # No rank had an item: the total is 0 as well, and 0 / 1 gives the zero gradient it should be.
