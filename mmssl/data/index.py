@@ -16,6 +16,7 @@ import struct
 import tempfile
 import zlib
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -111,6 +112,28 @@ def index_shard(path: str) -> ShardIndex:
         if _store(index, place):
             return _load(path, place) or index
     return index
+
+
+def index_shards(
+    paths: Sequence[str], jobs: int | None = None, progress: Callable[[ShardIndex], None] | None = None
+) -> list[ShardIndex]:
+    """The indexes of many shards, in the order of ``paths``, made side by side where they are missing or old.
+
+    Args:
+        paths: local paths or URLs.
+        jobs: how many are worked on at once; by default as many as there are cores for local shards (processes),
+            and 16 for remote ones (threads).
+        progress: called in this thread with every index as soon as it is known, in any order.
+
+    Raises:
+        ShardError: names the first shard that cannot be used; the indexes of others that were made stay stored.
+    """
+    found = []
+    for path in paths:
+        found.append(index_shard(path))
+        if progress is not None:
+            progress(found[-1])
+    return found
 
 
 def _index_places(path: str) -> list[str]:

@@ -12,11 +12,11 @@ import os
 import re
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-from mmssl.data.index import Members, ShardIndex, index_shard
+from mmssl.data.index import Members, ShardIndex, index_shards
 from mmssl.data.tar import BLOCK, ShardError, open_shard, read_exactly
 from mmssl.types import Sample
 
@@ -100,6 +100,9 @@ class ShardSet:
         patterns: see :func:`expand`.
         progress: called with every shard's index when it is known.
 
+    Attributes:
+        group: how many neighbouring samples of a remote shard are fetched together; set it to the order's block.
+
     Raises:
         ShardError: for shards that are missing, damaged or empty.
         ValueError: see :func:`expand`.
@@ -113,11 +116,8 @@ class ShardSet:
                 f"shard {missing[0]}: not found ({len(missing)} of {len(paths)} are missing; "
                 f"working folder {os.getcwd()}); check the path"
             )
-        self.shards: list[ShardIndex] = []
-        for path in paths:
-            self.shards.append(index_shard(path))
-            if progress is not None:
-                progress(self.shards[-1])
+        self.shards: list[ShardIndex] = index_shards(paths, progress=progress)
+        self.group = 1
         self._starts = [0]
         for shard in self.shards:
             self._starts.append(self._starts[-1] + shard.samples)
@@ -132,6 +132,14 @@ class ShardSet:
     def __del__(self) -> None:
         for shard in getattr(self, "_open", {}).values():
             os.close(shard.fd)
+
+    @property
+    def remote(self) -> bool:
+        """Whether any shard lies in a remote store."""
+        return False
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Begin to fetch what these samples need, in the background.  Does nothing for local shards."""
 
     @property
     def extensions(self) -> Counter[str]:

@@ -9,7 +9,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 BLOCK = 512
 _FAR = 16 << 10  # members below this size lie so close that headers are read in stretches
@@ -30,22 +30,46 @@ class Member(NamedTuple):
     size: int  # in bytes
 
 
+@runtime_checkable
+class Reader(Protocol):
+    """A file of known size, local or remote, of which any part can be read."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        ...
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """At most ``length`` bytes from ``offset`` on; fewer only where the file ends."""
+        ...
+
+
+class LocalReader:
+    """A :class:`Reader` of an open file."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self.size = fd, os.fstat(fd).st_size
+
+    def pread(self, length: int, offset: int) -> bytes:
+        return os.pread(self._fd, length, offset)
+
+
 class _Headers:
     """Header blocks by offset, from few reads."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd, self._start, self._buffer = fd, 0, b""
+    def __init__(self, reader: Reader) -> None:
+        self._reader, self._start, self._buffer = reader, 0, b""
 
     def read(self, offset: int, length: int) -> bytes:
         at = offset - self._start
         if not 0 <= at <= len(self._buffer) - length:
-            self._buffer, self._start, at = os.pread(self._fd, max(length, BLOCK), offset), offset, 0
+            self._buffer, self._start, at = self._reader.pread(max(length, BLOCK), offset), offset, 0
         return self._buffer[at : at + length]
 
     def ahead(self, offset: int) -> None:
         """Read a stretch at once, if the block at ``offset`` is not at hand."""
         if not 0 <= offset - self._start <= len(self._buffer) - BLOCK:
-            self._buffer, self._start = os.pread(self._fd, _STRETCH, offset), offset
+            self._buffer, self._start = self._reader.pread(_STRETCH, offset), offset
 
 
 def open_shard(path: str) -> int:
@@ -71,18 +95,23 @@ def read_exactly(fd: int, length: int, offset: int, path: str) -> bytes:
     return data
 
 
-def scan(fd: int, path: str) -> tuple[list[Member], Counter[str]]:
+def scan(source: Reader | int, path: str) -> tuple[list[Member], Counter[str]]:
     """The regular files of an archive, in order, and the number of other members by kind.
+
+    Args:
+        source: a reader, or the descriptor of an open file.
+        path: for messages.
 
     Raises:
         ShardError: for anything that is not a whole, plain tar.
     """
     try:
-        size = os.fstat(fd).st_size
+        reader = LocalReader(source) if isinstance(source, int) else source
+        size = reader.size
         if size == 0:
             raise ShardError(f"shard {path}: is empty (0 bytes); write it again")
         skipped: Counter[str] = Counter()
-        return list(_members(_Headers(fd), path, size, skipped)), skipped
+        return list(_members(_Headers(reader), path, size, skipped)), skipped
     except OSError as error:
         raise ShardError(f"shard {path}: {error.strerror}; check that it is a file and its disk is well") from None
 
