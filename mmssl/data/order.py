@@ -1,8 +1,9 @@
 """The order of samples: a pure function of integers, without any reading.
 
 Words:
-    position j   counts the samples of a source without end; its epoch is j // samples
+    position j   counts the samples of a source without end; an epoch is as many of them as the source has samples
     lane         one of C sequences that are read side by side; position j lies in lane j mod C
+    turn         position within a lane: j = turn * C + lane
     block        neighbouring samples of the shards, read together (about 128)
 
 Construction, for every epoch: cut the samples into blocks, permute the blocks, lay them end to end, cut this
@@ -15,47 +16,33 @@ rank r owns the lanes c with c mod world = r.  From this follows:
 - a lane reads its blocks one after the other, a window at a time: reading stays local, whatever the data's size;
 - any position is found directly, so going on in mid-epoch costs nothing.
 
-The shuffle is made of keyed hashes (SplitMix64), since NumPy does not promise its own streams between versions.
+Samples may be appended between two starts of a run: the epoch that was begun is finished without them, and the next
+one has them all.  docs/data.md explains the guarantees and their limits.
 """
 
 import functools
+from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
+from math import isqrt
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mmssl.draws import mix
-
-Integers = NDArray[np.int64]
-
-
-def permutation(n: int, *key: int) -> Integers:
-    """A keyed permutation of range(n): sort by hash.
-
-    The index sits in the hash's low bits, so no two keys are equal and a plain sort gives the order everywhere.
-    """
-    index = np.arange(n, dtype=np.uint64)
-    z = index * np.uint64(0x9E3779B97F4A7C15) + np.uint64(mix(*key))
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    low = np.uint64((1 << max(1, n - 1).bit_length()) - 1)
-    keyed = (z & ~low) | index
-    keyed.sort()
-    return (keyed & low).astype(np.int64)
+from mmssl.data.permute import Integers, Permutation, permutation
 
 
 def divisors(n: int) -> list[int]:
     """All divisors of n, ascending."""
-    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    small = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 
 
 def choose_lanes(batch_size: int, lanes: int | None = None) -> int:
     """The number of lanes C: the given one, or the largest divisor of the global batch that is at most 64.
 
-    From batches of 1,024 on the limit grows to a sixteenth of the batch, up to 256.  It depends on the
+    From batches of 1,024 on the limit grows to a sixteenth of the batch, up to 1,024.  It depends on the
     batch alone, never on the number of ranks.
 
     Raises:
@@ -64,7 +51,7 @@ def choose_lanes(batch_size: int, lanes: int | None = None) -> int:
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give at least 1 sample")
     if lanes is None:
-        limit = min(256, max(64, batch_size // 16))
+        limit = min(1024, max(64, batch_size // 16))
         return max(d for d in divisors(batch_size) if d <= limit)
     if lanes < 1 or batch_size % lanes:
         raise ValueError(
@@ -84,34 +71,73 @@ def check_world(lanes: int, world: int, batch_size: int) -> None:
         )
 
 
+class _Window(NamedTuple):
+    """Turns ``first`` up to ``stop`` of a lane, which lie in one epoch and are shuffled together."""
+
+    first: int
+    stop: int
+    epoch: int
+    place: int  # in the epoch's sequence of blocks
+    number: int  # within the lane's stretch
+
+
 class Order:
     """Which samples of one source a batch holds.
 
     Args:
-        samples: how many there are.
+        samples: how many there are; or, for a source that grew, a history [(0, n0), (e1, n1), ...]: from epoch e1
+            on there are n1 samples.
         lanes: C; see :func:`choose_lanes`.
         seed: another seed, another order.
         source: number of the source among several; it keys the order as well.
         block: samples of a block; by default 128, fewer where there would not be 16 blocks for every lane.
         window: blocks of a window.  Inside it a lane is shuffled sample by sample.
+
+    Raises:
+        ValueError: if there are no samples, or the history does not begin at epoch 0 and grow.
     """
 
     def __init__(
-        self, samples: int, *, lanes: int, seed: int, source: int = 0, block: int | None = None, window: int = 16
+        self,
+        samples: int | Sequence[Sequence[int]],
+        *,
+        lanes: int,
+        seed: int,
+        source: int = 0,
+        block: int | None = None,
+        window: int = 16,
     ) -> None:
-        if samples < 1:
+        history = [(0, samples)] if isinstance(samples, int) else [(int(e), int(n)) for e, n in samples]
+        if not history or history[0][1] < 1:
             raise ValueError("there are no samples to order; give shards that hold some")
-        self.samples, self.lanes = samples, lanes
+        if history[0][0] != 0 or any(a >= b for (a, _), (b, _) in pairwise(history)):
+            raise ValueError(f"history is {history}; the epochs must begin at 0 and grow")
+        self.history, self.lanes = history, lanes
         self._key = (seed, source)
-        self.block = block or max(1, min(128, samples // (16 * lanes)))
+        # Of the first samples: it must stay when samples are appended.
+        self.block = block or max(1, min(128, history[0][1] // (16 * lanes)))
         self.window = window * self.block
-        self._blocks = -(-samples // self.block)
-        # Caches of pure functions.  Two epochs are alive at an epoch's end, every owned lane has one open window.
-        self._permuted = functools.lru_cache(2)(self._permute_blocks)
-        self._shuffled = functools.lru_cache(2 * lanes)(self._shuffle_window)
+        self._begins = [0]  # position of the first sample of each entry of the history
+        for (epoch, count), (following, _) in pairwise(history):
+            self._begins.append(self._begins[-1] + (following - epoch) * count)
+        # Caches of pure functions: two epochs are alive at an epoch's end, and every owned lane has an open window.
+        self._blocks = functools.lru_cache(4)(self._permuted_blocks)
+        self._open: dict[int, tuple[_Window, Integers]] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (self.samples, self.lanes, self._key, self.block, self.window)
+        return _rebuild, (self.history, self.lanes, self._key, self.block, self.window)
+
+    @property
+    def samples(self) -> int:
+        """Samples of the newest epochs."""
+        return self.history[-1][1]
+
+    def epoch_at(self, position: int) -> tuple[int, int, int]:
+        """(epoch, its first position, its number of samples) of a position."""
+        entry = bisect_right(self._begins, position) - 1
+        first, count = self.history[entry]
+        passed = (position - self._begins[entry]) // count
+        return first + passed, self._begins[entry] + passed * count, count
 
     def batch(self, number: int, batch_size: int, rank: int = 0, world: int = 1) -> tuple[Integers, Integers]:
         """Epochs and sample indices of one rank's part of a global batch, each of batch_size / world entries."""
@@ -120,68 +146,99 @@ class Order:
         turns = batch_size // self.lanes
         first = number * turns
         lanes = range(rank, self.lanes, world)
-        epochs = np.empty((len(lanes), turns), np.int64)
-        places = np.empty((len(lanes), turns), np.int64)
-        for row, lane in enumerate(lanes):
+        epochs = np.empty((turns, len(lanes)), np.int64)
+        indices = np.empty((turns, len(lanes)), np.int64)
+        for column, lane in enumerate(lanes):
             turn = first
-            while turn < first + turns:  # once, or once more for every end of an epoch inside the batch
-                epoch = (turn * self.lanes + lane) // self.samples
-                begin, end = self._turns(epoch, lane)
-                stop = min(first + turns, end)
-                part = slice(turn - first, stop - first)
-                epochs[row, part] = epoch
-                places[row, part] = self._places(epoch, lane, turn - begin, stop - begin)
+            while turn < first + turns:  # once, or once more for every end of a window inside the batch
+                window, samples = self._opened(lane, turn)
+                stop = min(first + turns, window.stop)
+                epochs[turn - first : stop - first, column] = window.epoch
+                indices[turn - first : stop - first, column] = samples[turn - window.first : stop - window.first]
                 turn = stop
-        indices = np.empty_like(places)
-        for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
-            chosen = epochs == epoch
-            indices[chosen] = self._index(epoch, places[chosen])
         # By turn, then lane: the order of positions, so that ranks' parts interleave to the same global batch.
-        return epochs.T.ravel(), indices.T.ravel()
+        return epochs.ravel(), indices.ravel()
 
-    def _turns(self, epoch: int, lane: int) -> tuple[int, int]:
-        """The lane's turns that belong to an epoch: j = turn * C + lane lies in [epoch, epoch + 1) * samples."""
-        begin, end = epoch * self.samples, (epoch + 1) * self.samples
-        return -((lane - begin) // self.lanes), -((lane - end) // self.lanes)
+    def ahead(self, number: int, batch_size: int, rank: int = 0, world: int = 1, *, start: bool = False) -> list[int]:
+        """The first samples of blocks that batches soon after this one need, for fetching them in time.
 
-    def _places(self, epoch: int, lane: int, first: int, stop: int) -> Integers:
-        """Places in the epoch's sequence of blocks, for turns ``first`` up to ``stop`` of the lane's stretch."""
-        begin, length = self._stretch(epoch, lane)
-        parts = []
-        while first < stop:
-            window = first // self.window
-            start = window * self.window
-            shuffled = self._shuffled(epoch, lane, window, min(self.window, length - start))
-            parts.append(begin + start + shuffled[first - start : stop - start].astype(np.int64))
-            first = min(stop, start + self.window)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        While a lane walks through a window, the blocks of its next window are named at an even pace.  With ``start``
+        all are named that should have been before: the present window's first.
+        """
+        turns = batch_size // self.lanes
+        first = number * turns
+        wanted: list[int] = []
+        for lane in range(rank, self.lanes, world):
+            if start:
+                wanted += self._blocks_of(self._window(lane, first))
+        for lane in range(rank, self.lanes, world):
+            window = self._window(lane, first)
+            following = self._blocks_of(self._window(lane, window.stop))
+            length = window.stop - window.first
+            begin, end = 0 if start else first - window.first, min(first + turns, window.stop) - window.first
+            wanted += following[begin * len(following) // length : end * len(following) // length]
+        return wanted
 
-    def _stretch(self, epoch: int, lane: int) -> tuple[int, int]:
+    # ---- one lane
+
+    def _opened(self, lane: int, turn: int) -> tuple[_Window, Integers]:
+        """The window that holds a turn, with its sample indices in their shuffled order."""
+        found = self._open.get(lane)
+        if found is None or not found[0].first <= turn < found[0].stop:
+            window = self._window(lane, turn)
+            length = window.stop - window.first
+            shuffled = permutation(length, *self._key, window.epoch, 2, lane, window.number)
+            found = self._open[lane] = window, self._indices(window.epoch, window.place + shuffled)
+        return found
+
+    def _window(self, lane: int, turn: int) -> _Window:
+        epoch, begin, count = self.epoch_at(turn * self.lanes + lane)
+        first = -((lane - begin) // self.lanes)  # the lane's first turn in this epoch
+        place, length = self._stretch(begin, count, lane)
+        number = (turn - first) // self.window
+        start = number * self.window
+        stop = min(start + self.window, length)
+        return _Window(first + start, first + stop, epoch, place + start, number)
+
+    def _stretch(self, begin: int, count: int, lane: int) -> tuple[int, int]:
         """Begin and length of the lane's stretch.  Lengths differ by one; whose is longer moves on every epoch."""
-        short, longer = divmod(self.samples, self.lanes)
-        shift = epoch * self.samples % self.lanes  # the lane of the epoch's first position
+        short, longer = divmod(count, self.lanes)
+        shift = begin % self.lanes  # the lane of the epoch's first position
         before = min(max(lane - shift, 0), longer) + min(lane, max(0, shift + longer - self.lanes))
         extra = (lane - shift) % self.lanes < longer
         return lane * short + before, short + extra
 
-    def _index(self, epoch: int, places: Integers) -> Integers:
-        """Sample indices at places of the epoch's sequence of blocks."""
-        permuted, short_slot = self._permuted(epoch)
+    # ---- blocks
+
+    def _indices(self, epoch: int, places: Integers) -> Integers:
+        """Sample indices at places of the epoch's sequence of blocks; the places are neighbours, in any order."""
+        blocks, slots, offsets = self._slots(epoch, places)
+        first = int(slots.min())
+        return blocks(np.arange(first, int(slots.max()) + 1))[slots - first] * self.block + offsets
+
+    def _blocks_of(self, window: _Window) -> list[int]:
+        ends = np.array([window.place, window.place + window.stop - window.first - 1])
+        blocks, slots, _ = self._slots(window.epoch, ends)
+        samples: list[int] = (blocks(np.arange(slots[0], slots[1] + 1)) * self.block).tolist()
+        return samples
+
+    def _slots(self, epoch: int, places: Integers) -> tuple[Permutation, Integers, Integers]:
+        """The epoch's permutation of blocks; the slot of each place and its offset within the slot."""
+        blocks, short_slot, missing = self._blocks(epoch)
         # One block is short. Behind it, count as if it were whole.
-        missing = self._blocks * self.block - self.samples
         places = places + missing * (places >= (short_slot + 1) * self.block - missing)
-        return permuted[places // self.block].astype(np.int64) * self.block + places % self.block
+        return blocks, places // self.block, places % self.block
 
-    def _permute_blocks(self, epoch: int) -> tuple[NDArray[np.int32], int]:
-        permuted = permutation(self._blocks, *self._key, epoch, 1).astype(np.int32)
-        return permuted, int(np.argmax(permuted))  # the last block is the short one
+    def _permuted_blocks(self, epoch: int) -> tuple[Permutation, int, int]:
+        count = self.history[bisect_right(self.history, (epoch, 1 << 62)) - 1][1]
+        blocks = -(-count // self.block)
+        permuted = Permutation(blocks, *self._key, epoch, 1)
+        last = int(permuted.inverse(np.array([blocks - 1]))[0])  # where the last block went, the short one
+        return permuted, last, blocks * self.block - count
 
-    def _shuffle_window(self, epoch: int, lane: int, window: int, length: int) -> NDArray[np.int32]:
-        return permutation(length, *self._key, epoch, 2, lane, window).astype(np.int32)
 
-
-def _rebuild(samples: int, lanes: int, key: tuple[int, int], block: int, window: int) -> Order:
-    return Order(samples, lanes=lanes, seed=key[0], source=key[1], block=block, window=window // block)
+def _rebuild(history: list[tuple[int, int]], lanes: int, key: tuple[int, int], block: int, window: int) -> Order:
+    return Order(history, lanes=lanes, seed=key[0], source=key[1], block=block, window=window // block)
 
 
 class Mixture:
