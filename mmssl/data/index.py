@@ -10,19 +10,26 @@ and names without a dot are skipped and counted.
 """
 
 import hashlib
+import io
 import json
 import os
+import signal
 import struct
 import tempfile
+import threading
+import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import current_process, get_all_start_methods, get_context
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmssl.data.remote import RemoteReader, Stat, beside, fetch, is_remote, put, stat
 from mmssl.data.tar import Member, ShardError, open_shard, scan
 
 _MAGIC = b"mmsslix1"
@@ -61,7 +68,7 @@ class ShardIndex:
 
     path: str
     tar_size: int
-    tar_mtime: int
+    tar_mtime: int  # in nanoseconds; 0 where a remote store does not tell
     samples: int
     extensions: dict[str, int]
     skipped: dict[str, int]
@@ -69,6 +76,7 @@ class ShardIndex:
     body_start: int
     body_size: int
     body_crc: int
+    version: str = ""  # of a remote tar: see mmssl.data.remote.Stat
     file: str | None = None
     body: bytes | None = None
 
@@ -83,6 +91,8 @@ class ShardIndex:
         if zlib.crc32(body) != self.body_crc:
             raise ShardError(f"index {self.file}: damaged; delete it, it will be made again")
         n, m = self.samples, sum(self.extensions.values())
+        if len(body) < 8 * (2 * n + 2 + 3 * m):
+            raise ShardError(f"index {self.file}: damaged; delete it, it will be made again")
         arrays, at = [], 0
         for length in (n + 1, m, m, m, n + 1):
             arrays.append(np.frombuffer(body, "<i8", length, at))
@@ -91,27 +101,15 @@ class ShardIndex:
 
 
 def index_shard(path: str) -> ShardIndex:
-    """The index of a shard: read if it is there and fits the tar's size and time, else made and stored.
+    """The index of a shard: read if it is there and fits the tar, else made and stored.
+
+    Args:
+        path: a local path, or the URL of a remote tar.
 
     Raises:
         ShardError: for a shard that is missing, cut, damaged, not a tar, or holds no sample.
     """
-    fd = open_shard(path)
-    try:
-        stat = os.fstat(fd)
-        places = _index_places(path)
-        for place in places:
-            found = _load(path, place)
-            if found is not None and (found.tar_size, found.tar_mtime) == (stat.st_size, stat.st_mtime_ns):
-                return found
-        members, skipped = scan(fd, path)
-    finally:
-        os.close(fd)
-    index = _build(path, members, skipped, stat.st_size, stat.st_mtime_ns)
-    for place in places:
-        if _store(index, place):
-            return _load(path, place) or index
-    return index
+    return _index_remote(path) if is_remote(path) else _known(path) or _index_local(path)
 
 
 def index_shards(
@@ -126,23 +124,141 @@ def index_shards(
         progress: called in this thread with every index as soon as it is known, in any order.
 
     Raises:
-        ShardError: names the first shard that cannot be used; the indexes of others that were made stay stored.
+        ShardError: names a shard that cannot be used; the indexes of others that were made stay stored.
     """
-    found = []
-    for path in paths:
-        found.append(index_shard(path))
-        if progress is not None:
-            progress(found[-1])
-    return found
+    found: dict[int, ShardIndex] = {}
+
+    def take(results: Iterable[tuple[int, ShardIndex | None]]) -> None:
+        for number, index in results:
+            if index is not None:
+                found[number] = index
+                if progress is not None:
+                    progress(index)
+
+    local = [number for number, path in enumerate(paths) if not is_remote(path)]
+    take(_side_by_side(_known, paths, local, jobs or 8, "stored"))
+    take(_side_by_side(_index_local, paths, [n for n in local if n not in found], jobs or _cores(), "scan"))
+    take(_side_by_side(_index_remote, paths, sorted({*range(len(paths))} - {*local}), jobs or 16, "remote"))
+    return [found[number] for number in range(len(paths))]
 
 
-def _index_places(path: str) -> list[str]:
+def _side_by_side(
+    work: Callable[[str], ShardIndex | None], paths: Sequence[str], numbers: list[int], jobs: int, kind: str
+) -> Iterator[tuple[int, ShardIndex | None]]:
+    """(number, result) of some of the paths, as they are ready.  Of several errors the first shard's is raised."""
+    size = 64 if kind == "stored" else 1  # results that come at once are handed over in chunks
+    chunks = [numbers[at : at + size] for at in range(0, len(numbers), size)]
+    if min(jobs, len(chunks)) < 2:
+        for number in numbers:
+            yield number, work(paths[number])
+        return
+    pool: Executor
+    # Scanning is work for the processor. A daemon, such as a loader's worker, may have no children.
+    if kind == "scan" and "fork" in get_all_start_methods() and not current_process().daemon:
+        pool = ProcessPoolExecutor(jobs, get_context("fork"), _end_with_parent, (os.getpid(),))
+    else:
+        pool = ThreadPoolExecutor(jobs, thread_name_prefix="index")
+    tasks = {pool.submit(_each, work, [paths[n] for n in chunk]): chunk for chunk in chunks}
+    try:
+        for task in as_completed(tasks):
+            if task.exception() is not None:
+                break
+            yield from zip(tasks[task], task.result(), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for task in tasks:
+        if not task.cancelled():
+            task.result()
+
+
+def _each(work: Callable[[str], ShardIndex | None], paths: list[str]) -> list[ShardIndex | None]:
+    return [work(path) for path in paths]
+
+
+def _end_with_parent(parent: int) -> None:
+    """A worker of the pool would wait for ever for a parent that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends the pool
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _known(path: str) -> ShardIndex | None:
+    """The stored index of a local shard, if it fits the tar's size and time of change."""
+    try:
+        tar = os.stat(path)
+    except OSError:  # told in full when the shard is opened
+        return None
+    for place in (path + ".idx", _cache_place(os.path.realpath(path))):
+        found = _load(path, place)
+        if found is not None and (found.tar_size, found.tar_mtime) == (tar.st_size, tar.st_mtime_ns):
+            return found
+    return None
+
+
+def _index_local(path: str) -> ShardIndex:
+    fd = open_shard(path)
+    try:
+        tar = os.fstat(fd)
+        members, skipped = scan(fd, path)
+    finally:
+        os.close(fd)
+    index = _build(path, members, skipped, tar.st_size, tar.st_mtime_ns)
+    for place in (path + ".idx", _cache_place(os.path.realpath(path))):
+        if _store(index, place):
+            return _load(path, place) or index
+    return index
+
+
+def _index_remote(url: str) -> ShardIndex:
+    now = stat(url)
+    place = _cache_place(url)
+    found = _load(url, place)
+    if found is not None and (found.tar_size, found.version) == (now.size, now.version):
+        return found
+    index = _sidecar(url, now)
+    if index is None:
+        members, skipped = scan(RemoteReader(url, now), url)
+        index = _build(url, members, skipped, now.size, now.mtime, now.version)
+        put(beside(url, ".idx"), _bytes(index))
+    return (_load(url, place) if _store(index, place) else None) or index
+
+
+def _sidecar(url: str, now: Stat) -> ShardIndex | None:
+    """The index beside a remote tar, if it was made from this version of it or is not older."""
+    place = beside(url, ".idx")
+    try:
+        there = stat(place)
+        data = fetch(place, 0, there.size, there)
+    except ShardError:  # not there, or a store that hides what is not there
+        return None
+    index = _parse(url, io.BytesIO(data), None)
+    if index is None or index.tar_size != now.size:
+        return None
+    if index.version != now.version or not now.version:
+        if not 0 < now.mtime <= there.mtime:
+            return None
+        index = replace(index, version=now.version, tar_mtime=now.mtime)
+    return replace(index, body=data[index.body_start :])
+
+
+def _cache_place(name: str) -> str:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    name = hashlib.blake2b(os.path.realpath(path).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-    return [path + ".idx", os.path.join(cache, "mmssl", "index", name + ".idx")]
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return os.path.join(cache, "mmssl", "index", digest + ".idx")
 
 
-def _build(path: str, members: list[Member], skipped: Counter[str], size: int, mtime: int) -> ShardIndex:
+def _build(
+    path: str, members: list[Member], skipped: Counter[str], size: int, mtime: int, version: str = ""
+) -> ShardIndex:
     samples: list[tuple[str, dict[str, Member]]] = []
     open_samples: dict[str, dict[str, Member]] = {}
     for member in members:
@@ -180,23 +296,38 @@ def _build(path: str, members: list[Member], skipped: Counter[str], size: int, m
     extensions = {extension: counts[code] for extension, code in codes.items()}
     digest = hashlib.blake2b(json.dumps(list(codes)).encode() + body, digest_size=16).hexdigest()
     crc = zlib.crc32(body)
-    return ShardIndex(path, size, mtime, len(samples), extensions, dict(skipped), digest, 0, len(body), crc, body=body)
+    return ShardIndex(
+        path, size, mtime, len(samples), extensions, dict(skipped), digest, 0, len(body), crc, version, body=body
+    )
 
 
-_STORED = ("tar_size", "tar_mtime", "samples", "extensions", "skipped", "digest", "body_size", "body_crc")
+_STORED = {
+    "tar_size": int,
+    "tar_mtime": int,
+    "samples": int,
+    "extensions": dict,
+    "skipped": dict,
+    "digest": str,
+    "body_size": int,
+    "body_crc": int,
+    "version": str,
+}
+
+
+def _bytes(index: ShardIndex) -> bytes:
+    assert index.body is not None
+    head = json.dumps({name: getattr(index, name) for name in _STORED}).encode()
+    return _START.pack(_MAGIC, len(head), zlib.crc32(head)) + head + index.body
 
 
 def _store(index: ShardIndex, place: str) -> bool:
     """Write an index whole or not at all; False where that is not possible."""
-    assert index.body is not None
-    head = json.dumps({name: getattr(index, name) for name in _STORED}).encode()
-    data = _START.pack(_MAGIC, len(head), zlib.crc32(head)) + head + index.body
     temporary = None
     try:
         os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
         fd, temporary = tempfile.mkstemp(prefix=".idx-", dir=os.path.dirname(place) or ".")
         with os.fdopen(fd, "wb") as file:
-            file.write(data)
+            file.write(_bytes(index))
         os.chmod(temporary, 0o644)
         os.replace(temporary, place)
     except OSError:  # no right to write, a full disk: the next place is tried, and memory is always there
@@ -210,14 +341,23 @@ def _load(path: str, place: str) -> ShardIndex | None:
     """A stored index, or None if there is none that is whole."""
     try:
         with open(place, "rb") as file:
-            magic, length, crc = _START.unpack(file.read(_START.size))
-            head = file.read(length) if magic == _MAGIC and length < 1 << 24 else b""
-            start, end = file.tell(), os.fstat(file.fileno()).st_size
-    except (OSError, struct.error):
+            return _parse(path, file, place)
+    except OSError:
         return None
-    if zlib.crc32(head) != crc or not head:
+
+
+def _parse(path: str, file: BinaryIO, place: str | None) -> ShardIndex | None:
+    start = file.read(_START.size)
+    if len(start) < _START.size:
         return None
-    values = json.loads(head)
-    if start + values["body_size"] != end:
+    magic, length, crc = _START.unpack(start)
+    head = file.read(length) if magic == _MAGIC and length < 1 << 24 else b""
+    if not head or zlib.crc32(head) != crc:
         return None
-    return ShardIndex(path=path, file=place, body_start=start, **values)
+    values = {"version": "", **json.loads(head)}  # older files do not know versions
+    body_start = file.tell()
+    if any(not isinstance(values.get(name), kind) for name, kind in _STORED.items()):
+        return None
+    if body_start + values["body_size"] != file.seek(0, os.SEEK_END):
+        return None
+    return ShardIndex(path=path, file=place, body_start=body_start, **{name: values[name] for name in _STORED})
