@@ -25,19 +25,33 @@ def sample_image(sample: Sample) -> bytes:
 
 
 def sample_text(sample: Sample) -> str:
-    """The text, stripped.  Raises BadSample("no_text" or "not_utf8" or "not_json")."""
+    """The text, stripped, without a byte order mark.
+
+    Raises:
+        BadSample: ``no_text`` (none, empty, or no string), ``not_utf8`` (also lone surrogates in a json),
+            ``not_json``, or ``nul_in_text``: what a damaged disk leaves of a text, and no text holds otherwise.
+    """
     try:
         if "txt" in sample.members:
             text: object = sample.members["txt"].decode("utf-8")
         elif "json" in sample.members:
-            fields = json.loads(sample.members["json"].decode("utf-8"))
-            text = fields.get("caption") or fields.get("text") if isinstance(fields, dict) else None
+            fields = json.loads(sample.members["json"].decode("utf-8").removeprefix("\ufeff"))
+            if not isinstance(fields, dict):
+                raise BadSample("no_text", f"the json is no object but a {type(fields).__name__}")
+            text = fields.get("caption") or fields.get("text") or ""
+            if isinstance(text, str):
+                text.encode("utf-8")  # "\ud800" alone is valid JSON but no text
         else:
             raise BadSample("no_text", f"members {', '.join(sorted(sample.members))}")
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise BadSample("not_utf8", str(error)) from error
-    except (json.JSONDecodeError, RecursionError) as error:  # brackets nested a thousand deep
+    except (ValueError, RecursionError) as error:  # brackets nested a thousand deep; a number of 5,000 digits
         raise BadSample("not_json", str(error)) from error
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str):
+        raise BadSample("no_text", f"the caption is no string but a {type(text).__name__}")
+    text = text.removeprefix("\ufeff").strip()
+    if not text:
         raise BadSample("no_text", "empty")
-    return text.strip()
+    if "\0" in text:
+        raise BadSample("nul_in_text", f"at character {text.index(chr(0))} of {len(text)}")
+    return text
