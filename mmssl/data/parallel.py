@@ -1,0 +1,91 @@
+"""One function over many items in several processes, with the results in the order of the items.
+
+The processes are made by a fork server, so that they inherit no threads and no open files; they end when the process
+that started them ends, however it ends, and leave Ctrl-C to it.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_shared: Any = None
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_jobs(jobs: int | None) -> int:
+    """The number of processes; None means one for every processor.  Raises ValueError for less than 1."""
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs is {jobs}; give the number of processes, at least 1")
+    return jobs or processors()
+
+
+def ordered_map(
+    function: Callable[[Any, Item], Result], shared: Any, items: Iterable[Item], jobs: int
+) -> Iterator[Result]:
+    """``function(shared, item)`` for every item, in order.
+
+    At most three items for each process are under way, so neither items nor results pile up in memory.
+
+    Args:
+        function: a function of a module (it is pickled by name).
+        shared: sent once to every process.
+        items: read as they are needed, in the calling process.
+        jobs: number of processes; 1 means this one.
+
+    Raises:
+        ChildProcessError: if a process is killed, most often for want of memory.
+    """
+    if jobs == 1:
+        for item in items:
+            yield function(shared, item)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])  # imports are paid once, not in every process
+    pool = ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(shared,))
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(_call, function, item))
+            if len(waiting) >= 3 * jobs:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            f"one of {jobs} processes was killed, most often for want of memory; give a smaller number of --jobs"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(shared: Any) -> None:
+    global _shared
+    _shared = shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    # The pool's own processes wait for ever on their queue when the parent is killed.
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+def _call(function: Callable[[Any, Item], Result], item: Item) -> Result:
+    return function(_shared, item)
