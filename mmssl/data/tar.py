@@ -6,6 +6,7 @@ end mark is looked for, so that a cut or damaged archive is refused and never sh
 
 import errno
 import os
+import stat
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -75,10 +76,14 @@ class _Headers:
 def open_shard(path: str) -> int:
     """A file descriptor for reading.  Raises ShardError where the system refuses."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Not to wait for ever for the other end, where a path is a named pipe; a file does not feel it.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         remedy = "check the path" if error.errno == errno.ENOENT else "check its permissions and its disk"
         raise ShardError(f"shard {path}: {error.strerror}; {remedy}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ShardError(f"shard {path}: is not a regular file; give the path of a tar file")
     return fd
 
 
