@@ -20,6 +20,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import docstring_parser
+from jsonargparse import ActionYesNo
+
 from mmssl.cli.keys import OneLineParser, UsageError, nearest
 
 
@@ -30,8 +33,8 @@ class Command(NamedTuple):
     function: str | None = None
 
 
-# A function's required parameters become positional arguments, the others --options; ``shards`` takes any number and
-# makes the others options.  To add a command, add a line.
+# A function's required parameters become positional arguments, the others --options; ``shards`` and ``sources`` take
+# any number and make the others options; a bool becomes --name and --no_name.  To add a command, add a line.
 COMMANDS = {
     "fit": Command("train: mmssl fit --config C.yaml [--run runs/NAME] [--resume] [--key value ...]"),
     "validate": Command("measure a run on its validation data: mmssl validate --run runs/NAME"),
@@ -40,14 +43,17 @@ COMMANDS = {
     "report": Command("print and save what a run has learnt: mmssl report runs/NAME", "mmssl.report:report"),
     "tokenizer train": Command("train a tokenizer on text", "mmssl.data.tokenizer:train_from_shards"),
     "shards index": Command("index tar shards before training", "mmssl.cli.shards:index"),
-    "shards check": Command("look for damaged or incomplete shards", "mmssl.cli.shards:check"),
+    "shards check": Command("read all of tar shards and report what is bad", "mmssl.cli.shards:check"),
+    "shards write": Command("make shards from folders, CSV, JSONL or Parquet", "mmssl.cli.write:write"),
+    "shards stats": Command("count and measure what shards hold", "mmssl.cli.shards:stats"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0 finished, 1 a bug (with traceback), 2 something to correct, 75 preempted and saved, 130 Ctrl-C.
+    0 finished, 1 a bug (with traceback) or bad samples found by ``shards check``, 2 something to correct,
+    75 preempted and saved, 130 Ctrl-C.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     state = {"building": True}
@@ -104,13 +110,22 @@ def _call(name: str, target: str, args: list[str]) -> None:
     """Run a plain function with its parameters read from the command line."""
     module, attribute = target.split(":")
     function: Callable[..., object] = getattr(importlib.import_module(module), attribute)
-    parser = OneLineParser(prog=f"mmssl {name}", description=COMMANDS[name].help)
-    shards = "shards" in inspect.signature(function).parameters
+    text = docstring_parser.parse(function.__doc__ or "")
+    described = {parameter.arg_name: parameter.description for parameter in text.params}
+    parser = OneLineParser(prog=f"mmssl {name}", description=f"{text.short_description}\n{text.long_description or ''}")
+    parameters = inspect.signature(function).parameters
+    many = next((parameter for parameter in parameters if parameter in ("shards", "sources")), None)
+    flags = [parameter for parameter in parameters.values() if parameter.annotation is bool]
+    skip: set[str | int] = {flag.name for flag in flags}
+    if many is not None:
+        skip.add(many)
     parser.add_function_arguments(
-        function, as_group=False, as_positional=not shards, fail_untyped=False, skip={"shards"} if shards else None
+        function, as_group=False, as_positional=many is None, fail_untyped=False, skip=skip or None
     )
-    if shards:  # what a shell makes of data/*.tar
-        parser.add_argument("shards", type=str, nargs="+", help="Paths, globs or brace patterns of tar shards.")
+    for flag in flags:
+        parser.add_argument(f"--{flag.name}", action=ActionYesNo, default=flag.default, help=described.get(flag.name))
+    if many is not None:  # what a shell makes of data/*.tar
+        parser.add_argument(many, type=str, nargs="+", help=described.get(many))
     values = parser.instantiate_classes(parser.parse_args(args))
     function(**{key: value for key, value in values.items() if key not in ("config", "__path__")})
 

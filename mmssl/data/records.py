@@ -22,7 +22,7 @@ class Record:
     """One sample to be: where its parts are found.
 
     ``where`` names it in messages (a path, or "table.csv: row 12").  ``image`` is a path or the encoded bytes.  Texts
-    are given, or lie in ``text_path``.  ``key`` is None where a running number is to be given.  ``problem`` is set for
+    and labels are given, or lie in ``text_path``, ``label_path``.  ``key`` is None where a running number is to be given.  ``problem`` is set for
     what is known to be unusable: (reason, detail).
     """
 
@@ -33,6 +33,7 @@ class Record:
     text_path: str | None = None
     json_path: str | None = None
     label: str | None = None
+    label_path: str | None = None
     fields: dict[str, Any] = field(default_factory=dict)  # of the .json
     problem: tuple[str, str] | None = None
 
@@ -151,6 +152,9 @@ def _samples(
     pieces = [text] if text else [None]
     if preparation.max_words is not None and record.image is None and text:
         pieces = list(cut_text(text, preparation.max_words))
+    label = record.label
+    if label is None and record.label_path is not None:
+        label = read_text(record.label_path).strip()
     samples = []
     for number, piece in enumerate(pieces):
         own = dict(members)
@@ -160,8 +164,8 @@ def _samples(
             fields |= {"piece": number, "pieces": len(pieces)}
         if fields:
             own["json"] = json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")
-        if record.label is not None:
-            own["cls"] = record.label.encode("utf-8")
+        if label is not None:
+            own["cls"] = label.encode("utf-8")
         samples.append((f"{key}-{number:04d}" if len(pieces) > 1 else key, own))
     if len(pieces) > 1:
         notes.append("cut")

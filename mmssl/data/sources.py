@@ -10,6 +10,7 @@ from mmssl.data.members import IMAGE_EXTENSIONS
 from mmssl.data.records import Record, extension_of, safe_key
 from mmssl.data.tables import Columns, check_table, table_records
 
+_BESIDE = {"txt": "text_path", "json": "json_path", "cls": "label_path"}
 TABLES = ("csv", "tsv", "jsonl", "ndjson", "parquet")
 
 
@@ -117,7 +118,7 @@ def class_of(folder: str) -> str:
 
 
 def image_records(source: str, classes: Mapping[str, int] | None) -> Iterator[Record]:
-    """A folder of images: captions lie beside them in .txt or .json, classes are the folders' names."""
+    """A folder of images: captions lie beside them in .txt or .json, classes in .cls, or they are the folders' names."""
     for here, files in walk(source):
         names = set(files)
         used = set()
@@ -127,7 +128,7 @@ def image_records(source: str, classes: Mapping[str, int] | None) -> Iterator[Re
             stem = os.path.splitext(name)[0]
             path = os.path.join(here, name)
             record = Record(path, key_of(os.path.join(here, stem), source), path)
-            for extension, attribute in (("txt", "text_path"), ("json", "json_path")):
+            for extension, attribute in _BESIDE.items():
                 if f"{stem}.{extension}" in names:
                     setattr(record, attribute, os.path.join(here, f"{stem}.{extension}"))
                     used.add(f"{stem}.{extension}")
@@ -138,7 +139,7 @@ def image_records(source: str, classes: Mapping[str, int] | None) -> Iterator[Re
             yield record
         for name in files:
             if extension_of(name) not in IMAGE_EXTENSIONS and name not in used:
-                reason = "no_image" if extension_of(name) in ("txt", "json") else "unknown_kind"
+                reason = "no_image" if extension_of(name) in _BESIDE else "unknown_kind"
                 yield Record(os.path.join(here, name), problem=(reason, "no image of this name lies beside it"))
 
 

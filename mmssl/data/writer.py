@@ -48,7 +48,7 @@ def write_shards(
     val_part: float = 0.0,
     shuffle: int | None = None,
     jobs: int = 1,
-    progress: Callable[[Written], None] | None = None,
+    progress: Callable[[Written, int], None] | None = None,
 ) -> Written:
     """Write ``out/train-000000.tar`` and so on (and ``val-``), their indexes, and ``skipped.jsonl`` if there is need.
 
@@ -62,7 +62,7 @@ def write_shards(
             and a key is on the same side however much data is added.
         shuffle: a seed: the records are shuffled first.
         jobs: processes.
-        progress: called after every record.
+        progress: called with the number of records done since the last call.
 
     Raises:
         ValueError: for options that make no sense and a folder that holds shards.
@@ -95,9 +95,11 @@ def write_shards(
                 else:
                     skipped.add(made.where, "duplicate_key", f"the key {key!r} is that of an earlier sample")
             if progress is not None:
-                progress(written)
+                progress(written, 1)
         for part in parts.values():
             part.finish()
+        if progress is not None:
+            progress(written, 0)
     finally:
         skipped.close()
         for part in parts.values():
