@@ -1,14 +1,14 @@
 """Pictures: from a shard's bytes to uint8 tensors of one size.
 
-Axes: H, W height and width of a decoded picture; S side of the square that comes out.
+Axes: B pictures of a batch; H, W height and width of a picture; S side of the square that comes out.
 Tensors are [3, H, W] with channels-last strides: that is how decoders write and the fastest way to resize uint8.
 """
 
-import math
 import struct
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
 from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -18,8 +18,9 @@ import torch
 from jaxtyping import UInt8
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tv
+from torch.utils.data import get_worker_info
 
+from mmssl.data.crops import Crop
 from mmssl.draws import Draws
 from mmssl.types import BadSample
 
@@ -53,30 +54,87 @@ def decode_image(data: bytes, max_pixels: int = 64_000_000) -> UInt8[Tensor, "3 
     Raises:
         BadSample: ``empty_image``, ``not_an_image``, ``too_large``, ``truncated`` or ``unreadable_image``.
     """
-    if not data:
-        raise BadSample("empty_image", "0 bytes")
-    pixels = _decode_jpeg(data, max_pixels) if data[:2] == b"\xff\xd8" else None
-    if pixels is None:
-        pixels = _decode_with_pillow(data, max_pixels)
+    header = _read_header(data, max_pixels)
+    pixels = _decode_with_pillow(data, max_pixels) if header is None else _decode_jpeg(data, header, 1, max_pixels)
     return torch.from_numpy(pixels).permute(2, 0, 1)  # [H, W, 3] -> [3, H, W], strides stay
 
 
-def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
-    """The fast path; None where Pillow must decide (CMYK, progressive oddities, damage that can be repaired)."""
+def load_image(data: bytes, crop: Crop, draws: Draws, max_pixels: int = 64_000_000) -> UInt8[Tensor, "3 S S"]:
+    """Decode a picture and crop it: what ``crop`` takes of ``decode_image``, but faster.
+
+    The crop is drawn from the picture's size in the header.  If it is two, four or eight times as large as the square
+    that it becomes, libjpeg-turbo decodes at half, a quarter or an eighth of the size, which averages pixels (a smaller
+    inverse DCT) before the bicubic resizing does the rest.  The box is the same; its edges are rounded to pixels of the
+    smaller picture.  docs/speed.md compares the results.
+
+    Raises:
+        BadSample: as :func:`decode_image`.
+    """
+    header = _read_header(data, max_pixels)
+    if header is None:
+        pixels = _decode_with_pillow(data, max_pixels)
+        view = crop.view(pixels.shape[0], pixels.shape[1], draws)
+    else:
+        view = crop.view(header.height, header.width, draws)
+        pixels = _decode_jpeg(data, header, view.shrink, max_pixels)
+    return view.take(pixels)
+
+
+def stack(pictures: Sequence[UInt8[Tensor, "3 S S"]]) -> UInt8[Tensor, "B 3 S S"]:
+    """One batch, with channels-last strides as its pictures; in a loader's worker in the memory it is sent through."""
+    first = pictures[0].permute(1, 2, 0)
+    shape = (len(pictures), *first.shape)
+    if get_worker_info() is None:
+        batch = torch.empty(shape, dtype=torch.uint8)
+    else:  # else the whole batch would be copied once more when it is sent
+        shared = torch.UntypedStorage._new_shared(len(pictures) * first.numel())
+        batch = torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
+    torch.stack([picture.permute(1, 2, 0) for picture in pictures], out=batch)
+    return batch.permute(0, 3, 1, 2)  # [B, S, S, 3] -> [B, 3, S, S], strides stay
+
+
+class _Header(NamedTuple):
+    """Of a JPEG that libjpeg-turbo can decode: the size of the upright picture, and how it lies in the file."""
+
+    height: int
+    width: int
+    orientation: int
+
+
+def _read_header(data: bytes, max_pixels: int) -> _Header | None:
+    """None where Pillow must decide: other formats, CMYK, damage that may be repaired."""
+    if not data:
+        raise BadSample("empty_image", "0 bytes")
+    if data[:2] != b"\xff\xd8":
+        return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-        _check_size(width, height, max_pixels)
-        if colorspace in ("CMYK", "YCCK"):
-            return None
-        pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
     except (ValueError, KeyError) as error:  # KeyError: a colour space that simplejpeg does not know
         if "remature end" in str(error):
             raise BadSample("truncated", str(error)) from None
         return None
+    _check_size(width, height, max_pixels)
+    if colorspace in ("CMYK", "YCCK"):
+        return None
     orientation = _jpeg_orientation(data)
-    if orientation > 1:
-        pixels = _upright(pixels, orientation)
-    return pixels
+    return _Header(width, height, orientation) if orientation >= 5 else _Header(height, width, orientation)
+
+
+def _decode_jpeg(data: bytes, header: _Header, shrink: int, max_pixels: int) -> NDArray[np.uint8]:
+    """Upright pixels, each side divided by ``shrink`` (1, 2, 4, 8) and rounded up; or Pillow's, at full size."""
+    height, width = header[1::-1] if header.orientation >= 5 else header[:2]
+    try:
+        # Asking for at least this size gives just this size.
+        pixels: NDArray[np.uint8] = (
+            simplejpeg.decode_jpeg(data, colorspace="RGB")
+            if shrink == 1
+            else simplejpeg.decode_jpeg(data, "RGB", min_height=-(-height // shrink), min_width=-(-width // shrink))
+        )
+    except ValueError as error:
+        if "remature end" in str(error):
+            raise BadSample("truncated", str(error)) from None
+        return _decode_with_pillow(data, max_pixels)
+    return _upright(pixels, header.orientation) if header.orientation > 1 else pixels
 
 
 def _jpeg_orientation(data: bytes) -> int:
@@ -136,86 +194,3 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         paper = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
         return PIL.Image.alpha_composite(paper, image).convert("RGB")
     return image.convert("RGB")
-
-
-def _check(img_size: int) -> None:
-    if img_size < 1:
-        raise ValueError(f"img_size is {img_size}; give the side of the square in pixels, at least 1")
-
-
-def _resize(image: UInt8[Tensor, "3 H W"], size: list[int]) -> UInt8[Tensor, "3 h w"]:
-    return tv.resize(image, size, interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
-
-
-@dataclass(frozen=True)
-class RandomResizedCrop:
-    """Cut a random rectangle, resize it (bicubic) to a square, mirror half of the time: MAE's only augmentation.
-
-    The rectangle is drawn as torchvision's ``RandomResizedCrop`` draws it (ten tries, then the largest central
-    crop of an allowed ratio), from ``Draws``; every call takes 23 draws, so later draws do not depend on the tries.
-
-    Args:
-        img_size: side of the square, in pixels.
-        scale: smallest and largest part of the picture's area (He et al. 2022: 0.2 to 1).
-        ratio: smallest and largest width / height of the rectangle.
-        flip: mirror horizontally with probability 1/2; switch off where left and right matter, as for letters.
-
-    Raises:
-        ValueError: in the constructor, for a size or range that makes no sense.
-    """
-
-    img_size: int
-    scale: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = True
-
-    def __post_init__(self) -> None:
-        _check(self.img_size)
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale is {self.scale}; give (smallest, largest) parts of the area within (0, 1]")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio is {self.ratio}; give (smallest, largest) width / height above 0")
-
-    def box(self, height: int, width: int, draws: NDArray[np.float64]) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of the rectangle, from 22 numbers in [0, 1)."""
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
-        for attempt in range(10):
-            area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * float(draws[2 * attempt]))
-            aspect = math.exp(low + (high - low) * float(draws[2 * attempt + 1]))
-            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if 0 < w <= width and 0 < h <= height:
-                return int(float(draws[20]) * (height - h + 1)), int(float(draws[21]) * (width - w + 1)), h, w
-        w = min(width, max(1, round(height * self.ratio[1])))
-        h = min(height, max(1, round(width / self.ratio[0])))
-        return (height - h) // 2, (width - w) // 2, h, w
-
-    def __call__(self, image: UInt8[Tensor, "3 H W"], draws: Draws) -> UInt8[Tensor, "3 S S"]:
-        numbers = draws.uniform(23)
-        top, left, height, width = self.box(image.shape[1], image.shape[2], numbers)
-        image = image[:, top : top + height, left : left + width]
-        if (height, width) != (self.img_size, self.img_size):
-            image = _resize(image, [self.img_size, self.img_size])
-        return image.flip(-1) if self.flip and numbers[22] < 0.5 else image
-
-
-@dataclass(frozen=True)
-class ResizeCenterCrop:
-    """Resize the short side (bicubic) to ``img_size`` pixels, cut the central square: for evaluation, draws nothing.
-
-    Raises:
-        ValueError: in the constructor, for a size below 1.
-    """
-
-    img_size: int
-
-    def __post_init__(self) -> None:
-        _check(self.img_size)
-
-    def __call__(self, image: UInt8[Tensor, "3 H W"], draws: Draws) -> UInt8[Tensor, "3 S S"]:
-        side = self.img_size
-        _, height, width = image.shape
-        if min(height, width) != side:
-            scale = side / min(height, width)
-            image = _resize(image, [max(side, round(height * scale)), max(side, round(width * scale))])
-        top, left = (image.shape[1] - side) // 2, (image.shape[2] - side) // 2
-        return image[:, top : top + side, left : left + side]

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mmssl.backbone import Backbone
-from mmssl.data.images import RandomResizedCrop, ResizeCenterCrop, decode_image
+from mmssl.data.crops import RandomResizedCrop, ResizeCenterCrop
+from mmssl.data.images import load_image, stack
 from mmssl.data.members import sample_image, sample_text
 from mmssl.data.tokenizer import TextTokenizer
 from mmssl.draws import Draws
@@ -125,12 +126,12 @@ class PrepareImage:
     strategy: ImageStrategy
 
     def sample(self, sample: Sample, draws: Draws) -> ImageExample:
-        pixels = self.transform(decode_image(sample_image(sample)), draws)
+        pixels = load_image(sample_image(sample), self.transform, draws)
         return ImageExample(pixels, *hide_patches(self.grid_size, draws, ratio=self.ratio, strategy=self.strategy))
 
     def collate(self, examples: list[ImageExample]) -> Image:
         return Image(
-            torch.stack([e.pixels for e in examples]),
+            stack([e.pixels for e in examples]),
             torch.from_numpy(np.stack([e.visible for e in examples])),
             torch.from_numpy(np.stack([e.hidden for e in examples])),
         )

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmssl.backbone import Backbone, Decoder
-from mmssl.data.images import RandomResizedCrop, ResizeCenterCrop
+from mmssl.data.crops import RandomResizedCrop, ResizeCenterCrop
 from mmssl.draws import Draws
 from mmssl.masking.image import ImageStrategy
 from mmssl.objectives.base import (

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmssl.backbone import Backbone, Decoder
-from mmssl.data.images import RandomResizedCrop, ResizeCenterCrop
+from mmssl.data.crops import RandomResizedCrop, ResizeCenterCrop
 from mmssl.data.tokenizer import TextTokenizer
 from mmssl.draws import Draws
 from mmssl.masking.image import ImageStrategy

@@ -1,15 +1,19 @@
 import io
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
+import simplejpeg
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms import v2
 from toys import jpeg
 
-from mmssl.data.images import RandomResizedCrop, ResizeCenterCrop, decode_image
+from mmssl.data.crops import Crop, RandomResizedCrop, ResizeCenterCrop
+from mmssl.data.images import decode_image, load_image, stack
 from mmssl.draws import Draws
 from mmssl.types import BadSample
 
@@ -31,6 +35,16 @@ def pillow(data: bytes) -> np.ndarray:
 
 def hwc(image: torch.Tensor) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
+
+
+def cropped(image: torch.Tensor, crop: Crop, draws: Draws) -> torch.Tensor:
+    """What load_image has to equal: the crop of the whole decoded picture."""
+    return crop.view(image.shape[1], image.shape[2], draws).take(hwc(image))
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Peak signal to noise ratio in dB."""
+    return 10 * math.log10(255**2 / max(1e-9, float((a.double() - b.double()).square().mean())))
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 40}, {"subsampling": 0}, {"mode": "L"}])
@@ -120,6 +134,10 @@ def test_bad_pictures_have_a_reason() -> None:
         with pytest.raises(BadSample) as caught:
             decode_image(data)
         assert reason in (None, caught.value.reason), caught.value
+        for crop in (RandomResizedCrop(16), ResizeCenterCrop(8)):  # the second decodes at an eighth
+            with pytest.raises(BadSample) as also:
+                load_image(data, crop, Draws(0))
+            assert also.value.reason == caught.value.reason
 
 
 def test_mutated_pictures_decode_or_are_bad() -> None:
@@ -184,25 +202,25 @@ def test_crop_resizes_as_torchvision_and_flips_half() -> None:
         )
         flipped = numbers[22] < 0.5
         flips += flipped
-        got = crop(image, Draws(1, i))
+        got = cropped(image, crop, Draws(1, i))
         assert got.shape == (3, 32, 32)
         assert got.dtype == torch.uint8
         assert (got.int() - (expected.flip(-1) if flipped else expected).int()).abs().max() <= 1
     assert 70 < flips < 130
-    assert torch.equal(crop(image, Draws(5)), crop(image, Draws(5)))
+    assert torch.equal(cropped(image, crop, Draws(5)), cropped(image, crop, Draws(5)))
 
 
 def test_a_crop_that_covers_the_picture_changes_nothing() -> None:
     image = decode_image(encode(picture(size=(24, 24)), "PNG"))
     crop = RandomResizedCrop(24, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=False)
-    assert torch.equal(crop(image, Draws(0)), image)
-    assert torch.equal(ResizeCenterCrop(24)(image, Draws(0)), image)
+    assert torch.equal(cropped(image, crop, Draws(0)), image)
+    assert torch.equal(cropped(image, ResizeCenterCrop(24), Draws(0)), image)
 
 
 @pytest.mark.parametrize("size", [(80, 60), (60, 80), (31, 500), (32, 32), (7, 9)])
 def test_center_crop_equals_torchvisions(size: tuple[int, int]) -> None:
     image = decode_image(encode(picture(size=size), "PNG"))
-    got = ResizeCenterCrop(32)(image, Draws(0))
+    got = cropped(image, ResizeCenterCrop(32), Draws(0))
     resized = v2.functional.resize(image.contiguous(), [32], v2.InterpolationMode.BICUBIC, antialias=True)
     assert got.shape == (3, 32, 32)
     expected = v2.functional.center_crop(resized, [32, 32])
@@ -222,3 +240,115 @@ def test_center_crop_equals_torchvisions(size: tuple[int, int]) -> None:
 def test_constructors_refuse(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# ---- decoding what a crop needs
+
+
+CROPS = (RandomResizedCrop(48), RandomResizedCrop(24, (0.8, 1.0)), ResizeCenterCrop(20), ResizeCenterCrop(300))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("crop", CROPS)
+def test_small_pictures_load_as_they_decode_and_crop(format: str, crop: Crop) -> None:
+    """Where nothing is decoded smaller the result is the same to the bit, and so are the draws that follow."""
+    data = encode(picture(size=(44, 35)), format)
+    for i in range(30):
+        one, two = Draws(i), Draws(i)
+        assert torch.equal(load_image(data, crop, one), cropped(decode_image(data), crop, two))
+        assert one.one() == two.one()
+
+
+def scene(size: tuple[int, int]) -> PIL.Image.Image:
+    """Smooth, not symmetric, with an edge: any other box, flip or turn is far from it."""
+    y, x = np.mgrid[: size[1], : size[0]] / max(size)
+    pixels = np.stack([200 * x, 220 * y, 120 + 100 * np.sin(9 * x + 4 * y)], -1)
+    pixels[(x > 0.3) & (x < 0.5) & (y > 0.1)] += 40
+    return PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("side", [290, 130, 70, 33])
+def test_large_jpegs_are_decoded_smaller_and_look_the_same(
+    side: int, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(scene((599, 431)), "JPEG", quality=95, exif=exif)
+    sizes = set()
+    real = simplejpeg.decode_jpeg
+
+    def decode(*args: Any, **options: Any) -> np.ndarray:
+        pixels = real(*args, **options)
+        sizes.add(pixels.shape[:2])
+        return pixels
+
+    whole = decode_image(data)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", decode)
+    for crop in (RandomResizedCrop(side, (0.5, 1.0)), ResizeCenterCrop(side)):
+        for i in range(8):
+            got, expected = load_image(data, crop, Draws(i)), cropped(whole, crop, Draws(i))
+            assert got.shape == (3, side, side)
+            # An edge that moves by half a pixel is most of the difference.
+            assert psnr(got, expected) > 27, (crop, i)
+            assert (got.double() - expected.double()).mean((1, 2)).abs().max() < 2
+    shrunk = {1: (431, 599), 2: (216, 300), 4: (108, 150), 8: (54, 75)}
+    allowed = {290: [1], 130: [1, 2], 70: [2, 4], 33: [4, 8]}[side]
+    assert sizes <= {shrunk[n] for n in allowed}
+    assert shrunk[allowed[-1]] in sizes
+
+
+def test_a_box_needs_its_pixels() -> None:
+    """Decoded smaller, the box has at least the pixels of what comes out, and the largest such factor is taken."""
+    for i in range(3000):
+        height, width = Draws(i).integers(3000, 2) + 1
+        for crop in (RandomResizedCrop(64), ResizeCenterCrop(100)):
+            view = crop.view(int(height), int(width), Draws(1, i))
+            top, left, h, w = view.box
+            assert 0 <= top < top + h <= height
+            assert 0 <= left < left + w <= width
+            fits = [n for n in (1, 2, 4, 8) if h >= n * view.size[0] and w >= n * view.size[1]]
+            assert view.shrink == max(fits, default=1)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (17, 1), (1, 17), (2000, 9), (9, 2000)])
+@pytest.mark.parametrize("side", [1, 2, 5, 32])
+def test_odd_sizes(size: tuple[int, int], side: int) -> None:
+    for format in ("JPEG", "PNG"):
+        data = encode(picture(size=size), format)
+        for crop in (RandomResizedCrop(side), RandomResizedCrop(side, (1.0, 1.0), (1.0, 1.0)), ResizeCenterCrop(side)):
+            for i in range(4):
+                assert load_image(data, crop, Draws(i)).shape == (3, side, side)
+
+
+def test_a_line_of_a_million_pixels_does_not_take_all_memory() -> None:
+    data = encode(PIL.Image.new("L", (1_000_000, 1), 200), "PNG")
+    assert load_image(data, ResizeCenterCrop(224), Draws(0)).unique().tolist() == [200]
+
+
+def test_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(picture(size=(200, 100)), "JPEG")
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", None)
+    with pytest.raises(BadSample, match="too_large: 200x100"):
+        load_image(data, RandomResizedCrop(8), Draws(0), max_pixels=19_999)
+
+
+class Stacked(IterableDataset[torch.Tensor]):
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for i in range(3):
+            yield stack([torch.full((5, 5, 3), 10 * i + k, dtype=torch.uint8).permute(2, 0, 1) for k in range(6)])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stacking(workers: int) -> None:
+    for i, batch in enumerate(DataLoader(Stacked(), batch_size=None, num_workers=workers)):
+        assert batch.shape == (6, 3, 5, 5)
+        assert batch.stride() == (75, 1, 15, 3)
+        assert (batch == torch.arange(10 * i, 10 * i + 6).view(6, 1, 1, 1)).all()
+
+
+def test_a_worker_stacks_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = [torch.zeros(5, 5, 3, dtype=torch.uint8).permute(2, 0, 1)] * 2
+    assert not stack(pictures).is_shared()
+    monkeypatch.setattr("mmssl.data.images.get_worker_info", lambda: "a worker")
+    assert stack(pictures).is_shared()

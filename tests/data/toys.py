@@ -9,7 +9,8 @@ import PIL.Image
 import torch
 from webdataset import TarWriter
 
-from mmssl.data.images import RandomResizedCrop, decode_image
+from mmssl.data.crops import RandomResizedCrop
+from mmssl.data.images import load_image
 from mmssl.data.members import sample_image, sample_text
 from mmssl.draws import Draws
 from mmssl.types import BadSample, Batch, Image, Sample, Text
@@ -66,7 +67,7 @@ class ToyImage:
     needs: tuple[str, ...] = ("image",)
 
     def sample(self, sample: Sample, draws: Draws, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels = self.crop(decode_image(sample_image(sample)), draws)
+        pixels = load_image(sample_image(sample), self.crop, draws)
         return pixels, torch.from_numpy(draws.permutation(4))
 
     def collate(self, examples: list[tuple[torch.Tensor, torch.Tensor]], valid: list[bool] | None = None) -> Batch:
