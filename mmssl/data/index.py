@@ -57,6 +57,10 @@ class Members(NamedTuple):
     key_starts: NDArray[np.int64]
     keys: bytes | memoryview
 
+    def key(self, sample: int) -> str:
+        begin, end = self.key_starts[sample : sample + 2].tolist()
+        return bytes(self.keys[begin:end]).decode("utf-8", "surrogateescape")
+
 
 @dataclass(frozen=True)
 class ShardIndex:

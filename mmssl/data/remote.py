@@ -89,18 +89,18 @@ def is_remote(path: str) -> bool:
 
 def beside(url: str, suffix: str) -> str:
     """The URL of a file that is named like another one, with ``suffix`` behind."""
-    path, mark, query = url.partition("?") if _is_http(url) else (url, "", "")
+    path, mark, query = url.partition("?") if is_http(url) else (url, "", "")
     return path + suffix + mark + query
 
 
 def base_name(path: str) -> str:
     """The last part of a path or URL, without a query."""
-    return os.path.basename(path.partition("?")[0] if _is_http(path) else path)
+    return os.path.basename(path.partition("?")[0] if is_http(path) else path)
 
 
 def stat(url: str) -> Stat:
     """Size and version of a file.  Raises Missing if it is not there, ShardError if the store does not answer."""
-    if _is_http(url):
+    if is_http(url):
         return _persist(url, lambda limit: _http(url, 0, 1, limit)[1])
     return _persist(url, lambda limit: _stat(url, limit))
 
@@ -116,7 +116,7 @@ def fetch(url: str, start: int, stop: int, known: Stat) -> bytes:
 
 def put(url: str, data: bytes) -> bool:
     """Write a small file; False where that is not possible or not allowed."""
-    if _is_http(url):
+    if is_http(url):
         return False
     try:
         system, path = _system(url)
@@ -128,7 +128,7 @@ def put(url: str, data: bytes) -> bool:
 
 def find(pattern: str) -> list[str]:
     """The URLs that match a glob, sorted.  Raises ValueError where the store cannot list files (http)."""
-    if _is_http(pattern):
+    if is_http(pattern):
         raise ValueError(
             f"shards {pattern!r}: an HTTP server cannot list files; name the shards with braces: {{00000..00127}}.tar"
         )
@@ -139,7 +139,7 @@ def find(pattern: str) -> list[str]:
 
 def has_magic(url: str) -> bool:
     """Whether a URL is a glob.  A question mark begins the query of an http URL."""
-    return any(mark in url.partition("?")[0] for mark in "*[") or (not _is_http(url) and "?" in url)
+    return any(mark in url.partition("?")[0] for mark in "*[") or (not is_http(url) and "?" in url)
 
 
 class RemoteReader:
@@ -163,7 +163,7 @@ class RemoteReader:
 # ---- one request
 
 
-def _is_http(url: str) -> bool:
+def is_http(url: str) -> bool:
     return url[:8].lower().startswith(("http://", "https://"))
 
 
@@ -199,7 +199,7 @@ def _nanoseconds(moment: Any) -> int:
 
 
 def _fetch(url: str, start: int, stop: int, known: Stat, limit: float) -> bytes:
-    if _is_http(url):
+    if is_http(url):
         data, now = _http(url, start, stop, limit)
         check_same(url, known, now)
     else:

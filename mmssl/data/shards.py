@@ -10,61 +10,66 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from itertools import product
+from itertools import accumulate, product
 from typing import Any, NamedTuple
 
+from mmssl.data.cache import Cache
+from mmssl.data.extents import Extents
 from mmssl.data.index import Members, ShardIndex, index_shards
+from mmssl.data.remote import base_name, find, has_magic, is_remote
 from mmssl.data.tar import BLOCK, ShardError, open_shard, read_exactly
 from mmssl.types import Sample
 
-_REMOTE = ("http", "https", "s3", "gs", "gcs", "hf", "az", "abfs", "ftp", "sftp", "hdfs", "webhdfs", "oci")
 _OPEN_SHARDS = 256
 
 
 def expand(patterns: str | Sequence[str]) -> list[str]:
-    """Paths of shards from paths, braces, globs and folders, in order.
+    """Paths and URLs of shards from paths, URLs, braces, globs and folders, in order.
 
     ``{000..127}`` counts (leading zeros are kept), ``{a,b}`` lists, ``* ? [ ]`` match files in sorted order, and a
-    folder stands for its ``*.tar``.  A missing file is not noticed here, an empty match is.
+    folder (of a remote store: a URL that ends in "/") stands for its ``*.tar``.  A missing file is not noticed here,
+    an empty match is.
 
     Raises:
-        ValueError: for a pattern that matches nothing, a shard named twice, or a URL that is not a local path.
+        ValueError: for a pattern that matches nothing, a shard named twice, a scheme that is not allowed (see
+            :mod:`mmssl.data.remote`), or a glob of HTTP URLs, whose servers cannot list files.
     """
     paths: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for part in _expand_braces(_local(pattern)):
-            if os.path.isdir(part):
+        remote = is_remote(pattern)
+        for part in _expand_braces(pattern if remote else _local(pattern)):
+            if remote and (part.endswith("/") or has_magic(part)):
+                found = [
+                    url for url in find(part + "*.tar" if part.endswith("/") else part) if not url.endswith(".idx")
+                ]
+            elif remote:
+                found = [part]
+            elif os.path.isdir(part):
                 found = sorted(glob.glob(os.path.join(glob.escape(part), "*.tar")))
             elif glob.has_magic(part):
                 found = sorted(path for path in glob.glob(part) if not path.endswith(".idx"))
             else:
                 found = [part]
             if not found:
-                raise ValueError(f"no shard matches {part!r} (working folder {os.getcwd()}); check the path")
+                where = "" if remote else f" (working folder {os.getcwd()})"
+                raise ValueError(f"no shard matches {part!r}{where}; check the path")
             paths += found
     if not paths:
         raise ValueError("no shards are named; give a path, a brace pattern, a glob or a list of them")
-    twice = [path for path, times in Counter(map(os.path.realpath, paths)).items() if times > 1]
+    twice = [
+        path for path, times in Counter(p if is_remote(p) else os.path.realpath(p) for p in paths).items() if times > 1
+    ]
     if twice:
         raise ValueError(f"shard {twice[0]} is named twice ({len(twice)} such shards); name every shard once")
     return paths
 
 
 def _local(pattern: str) -> str:
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", pattern)
-    if not scheme:
-        return os.path.expanduser(pattern)
-    name = scheme[1].lower()
-    if name == "file":
-        return re.sub("^file:(//)?", "", pattern, flags=re.IGNORECASE)
-    if name == "pipe":
-        raise ValueError(f"shards {pattern!r}: pipe: would run a command, which data must not; give paths of tar files")
-    if name in _REMOTE:
-        raise ValueError(f"shards {pattern!r}: {name}: is not read directly yet; copy the shards to a local disk")
-    raise ValueError(f"shards {pattern!r}: unknown scheme {name}:; give local paths (./{pattern} if this is a name)")
+    return os.path.expanduser(re.sub("^file:(//)?", "", pattern, flags=re.IGNORECASE))
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -91,36 +96,48 @@ class _Open(NamedTuple):
     extensions: list[str]
 
 
+def fingerprint(shards: Sequence[ShardIndex]) -> str:
+    """Changes when shards are added, removed, reordered, renamed or repacked; not when their folder moves."""
+    digest = hashlib.blake2b(digest_size=8)
+    for shard in shards:
+        digest.update(json.dumps([base_name(shard.path), shard.digest]).encode())
+    return f"{digest.hexdigest()} ({sum(shard.samples for shard in shards)} samples in {len(shards)} shards)"
+
+
 class ShardSet:
     """The samples of several shards under one running number, read in any order.
 
-    Shards are opened when first needed, at most 256 at a time.  Safe to fork and to pickle.
+    Local shards are opened when first needed, at most 256 at a time.  Of remote ones neighbouring samples are fetched
+    together, see :mod:`mmssl.data.extents`.  Safe to fork and to pickle.
 
     Args:
         patterns: see :func:`expand`.
+        cache: for remote shards; the default one if there is none.
         progress: called with every shard's index when it is known.
-
-    Attributes:
-        group: how many neighbouring samples of a remote shard are fetched together; set it to the order's block.
 
     Raises:
         ShardError: for shards that are missing, damaged or empty.
         ValueError: see :func:`expand`.
     """
 
-    def __init__(self, patterns: str | Sequence[str], progress: Callable[[ShardIndex], None] | None = None) -> None:
+    def __init__(
+        self,
+        patterns: str | Sequence[str],
+        progress: Callable[[ShardIndex], None] | None = None,
+        cache: Cache | None = None,
+    ) -> None:
         paths = expand(patterns)
-        missing = [path for path in paths if not os.path.exists(path)]
+        missing = [path for path in paths if not is_remote(path) and not os.path.exists(path)]
         if missing:
             raise ShardError(
                 f"shard {missing[0]}: not found ({len(missing)} of {len(paths)} are missing; "
                 f"working folder {os.getcwd()}); check the path"
             )
         self.shards: list[ShardIndex] = index_shards(paths, progress=progress)
-        self.group = 1
-        self._starts = [0]
-        for shard in self.shards:
-            self._starts.append(self._starts[-1] + shard.samples)
+        self._starts = list(accumulate((shard.samples for shard in self.shards), initial=0))
+        self._remote = [is_remote(shard.path) for shard in self.shards]
+        self._extents = Extents(self.shards, self._starts, cache or Cache()) if any(self._remote) else None
+        self._group = 1
         self._open: OrderedDict[int, _Open] = OrderedDict()
 
     def __len__(self) -> int:
@@ -136,10 +153,49 @@ class ShardSet:
     @property
     def remote(self) -> bool:
         """Whether any shard lies in a remote store."""
-        return False
+        return self._extents is not None
+
+    @property
+    def cache(self) -> Cache | None:
+        """Through which remote shards are read; None without any."""
+        return None if self._extents is None else self._extents.cache
+
+    @property
+    def group(self) -> int:
+        """How many neighbouring samples of a remote shard are fetched together; set it to the order's block."""
+        return self._group
+
+    @group.setter
+    def group(self, samples: int) -> None:
+        if samples < 1:
+            raise ValueError(f"group is {samples}; give the number of samples that are fetched together")
+        self._group = samples
+        if self._extents is not None:
+            self._extents.group = samples
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Begin to fetch what these samples need, in the background.  Does nothing for local shards."""
+        if self._extents is not None:
+            numbers = [(bisect_right(self._starts, index) - 1, index) for index in indices]
+            self._extents.prefetch((n, index - self._starts[n]) for n, index in numbers if self._remote[n])
+
+    def check_cache(self, groups: int) -> None:
+        """Warn if the cache is too small to hold this many groups of samples at once, as the order needs them.
+
+        Args:
+            groups: on the whole node: lanes of its ranks times (blocks of a window + 1).
+        """
+        if self._extents is not None:
+            remote = [shard for shard, is_one in zip(self.shards, self._remote, strict=True) if is_one]
+            each = self._group * sum(shard.tar_size for shard in remote) / sum(shard.samples for shard in remote)
+            cache, needed = self._extents.cache, min(groups * each, sum(shard.tar_size for shard in remote))
+            if needed > cache.limit:
+                warnings.warn(
+                    f"cache {cache.folder}: its limit of {cache.limit / 1e9:.3g} GB is less than the "
+                    f"{needed / 1e9:.3g} GB in use at once on this node: the same bytes will be fetched over and over; "
+                    f"set data.cache_limit_gb to at least {1.1 * needed / 1e9:.3g}, or use fewer lanes",
+                    stacklevel=2,
+                )
 
     @property
     def extensions(self) -> Counter[str]:
@@ -153,11 +209,8 @@ class ShardSet:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when shards are added, removed, reordered, renamed or repacked; not when their folder moves."""
-        digest = hashlib.blake2b(digest_size=8)
-        for shard in self.shards:
-            digest.update(json.dumps([os.path.basename(shard.path), shard.digest]).encode())
-        return f"{digest.hexdigest()} ({len(self)} samples in {len(self.shards)} shards)"
+        """See :func:`fingerprint`."""
+        return fingerprint(self.shards)
 
     def read(self, index: int) -> Sample:
         """Sample number ``index``, with the bytes of all its members.
@@ -168,6 +221,9 @@ class ShardSet:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number = bisect_right(self._starts, index) - 1
+        if self._remote[number]:
+            assert self._extents is not None
+            return self._extents.read(number, index - self._starts[number])
         path = self.shards[number].path
         fd, members, extensions = self._shard(number)
         local = index - self._starts[number]

@@ -121,6 +121,19 @@ def scan(source: Reader | int, path: str) -> tuple[list[Member], Counter[str]]:
         raise ShardError(f"shard {path}: {error.strerror}; check that it is a file and its disk is well") from None
 
 
+def read_header(block: bytes) -> tuple[str, int] | None:
+    """Name and size that a member's own header gives; None if it is no whole header.
+
+    A name above 99 bytes, or one that is not ASCII, may stand in an extended header before it.
+    """
+    if len(block) < BLOCK or not _sum_is_right(block):
+        return None
+    try:
+        return _own_name(block), _number(block[124:136], "", 0)
+    except ShardError:
+        return None
+
+
 def _members(headers: _Headers, path: str, size: int, skipped: Counter[str]) -> Iterator[Member]:
     at = 0
     name: str | None = None  # given by an extended header for the next member

@@ -26,6 +26,10 @@ def tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.USTA
 
 # ---- naming shards
 
+# Protocols of fsspec that run something, or that wrap other files.
+WRAPPERS = ["reference", "dask", "git", "github", "jupyter", "simplecache", "filecache", "blockcache", "cached", "zip"]
+WRAPPERS += ["tar", "libarchive", "generic", "dir", "data", "local", "Reference", "async_wrapper", "wandb", "python"]
+
 
 def test_expand(tmp_path: Path) -> None:
     for name in ["a-08.tar", "a-09.tar", "a-10.tar", "b.tar", "c.txt"]:
@@ -47,7 +51,11 @@ def test_expand(tmp_path: Path) -> None:
         (["a.tar", "./a.tar"], "named twice"),
         ("pipe:touch canary", "pipe: would run a command"),
         ("PIPE:touch canary", "pipe: would run a command"),
-        ("s3://bucket/a.tar", "s3: is not read directly yet"),
+        ("http://127.0.0.1/*.tar", "an HTTP server cannot list files"),
+        ("https://127.0.0.1/shards/", "an HTTP server cannot list files"),
+        ("simplecache::s3://bucket/a.tar", "chained URLs"),
+        ("file:///a.tar::pipe:touch canary", "chained URLs"),
+        *[(f"{scheme}://x/a.tar", f"unknown scheme {scheme.lower()}:") for scheme in WRAPPERS],
         ("gopher://a.tar", "unknown scheme gopher:"),
         ("a-{3..1}.tar", "does not count upwards"),
         ("a-{1..9.tar", "braces do not match"),
