@@ -16,6 +16,7 @@ BLOCK = 512
 _FAR = 16 << 10  # members below this size lie so close that headers are read in stretches
 _STRETCH = 64 << 10
 _LONGEST_NAME = 1 << 20
+_RECORD = 20 * BLOCK  # archives are filled up with zeros to a multiple of this
 _ZERO = bytes(BLOCK)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstandard"}
 _SKIPPED = {b"1": "hard link", b"2": "link", b"3": "device", b"4": "device", b"5": "folder", b"6": "pipe"}
@@ -138,13 +139,14 @@ def _members(headers: _Headers, path: str, size: int, skipped: Counter[str]) -> 
     at = 0
     name: str | None = None  # given by an extended header for the next member
     long_size: int | None = None
+    pending = False  # an extended header waits for its member
     while True:
         block = headers.read(at, BLOCK)
         if len(block) < BLOCK:
             raise _cut(path, at, size, "a whole header" if block else "the end mark")
         if block == _ZERO:
             _check_end(headers, path, at, size)
-            if name is not None or long_size is not None:
+            if pending:
                 raise _damaged(path, at, "an extended header is followed by no member")
             return
         if not _sum_is_right(block):
@@ -158,14 +160,20 @@ def _members(headers: _Headers, path: str, size: int, skipped: Counter[str]) -> 
             length, long_size = long_size, None
         begin = at + BLOCK
         following = begin + -(-length // BLOCK) * BLOCK
+        if length and kind in _SKIPPED:
+            # Some readers skip so many bytes, others none: members would come or go.
+            raise _damaged(path, at, f"a {_SKIPPED[kind]} with a content of {length} bytes")
         if begin + length > size:
             raise _cut(path, at, size, f"the {length} bytes of the member whose header is at byte {at}")
         if extended:
             if length > _LONGEST_NAME:
                 raise _damaged(path, at, f"an extended header of {length} bytes")
             content = headers.read(begin, length)
+            pending = pending or kind != b"g"
             if kind == b"L":
                 name = _text(content)
+                if not name:
+                    raise _damaged(path, at, "an extended header without a name")
             elif kind == b"x":
                 records = _pax(content, path, at)
                 if any(key.startswith("GNU.sparse") for key in records):
@@ -174,7 +182,7 @@ def _members(headers: _Headers, path: str, size: int, skipped: Counter[str]) -> 
                 if "size" in records:
                     long_size = _decimal(records["size"], path, at)
         else:
-            own, name = name if name is not None else _own_name(block), None
+            own, name, pending = name if name is not None else _own_name(block), None, False
             if kind == b"S":
                 raise _damaged(path, at, "a sparse file, which has no plain content")
             if kind in (b"0", b"\0", b"7") and not own.endswith("/"):
@@ -239,6 +247,8 @@ def _pax(content: bytes, path: str, at: int) -> dict[str, str]:
         if not (blank and equals and length <= len(content) and record.endswith(b"\n")):
             raise _damaged(path, at, "an extended header that is not made of records")
         records[_text(key)] = value.decode("utf-8", "surrogateescape")
+    if not records:
+        raise _damaged(path, at, "an extended header without records")
     return records
 
 
@@ -254,6 +264,12 @@ def _check_end(headers: _Headers, path: str, at: int, size: int) -> None:
                 "joined with cat; write it again (tar -A joins archives)"
             )
         offset += len(block)
+    longest = -(-(at + 2 * BLOCK) // _RECORD) * _RECORD
+    if size > longest:
+        raise ShardError(
+            f"shard {path}: {size - at} bytes of zeros from byte {at} on, {size - longest} more than a tar's end has: "
+            "the rest of an interrupted copy; fetch or write it again"
+        )
 
 
 def _cut(path: str, at: int, size: int, missing: str) -> ShardError:
