@@ -139,7 +139,7 @@ def _members(headers: _Headers, path: str, size: int, skipped: Counter[str]) -> 
     at = 0
     name: str | None = None  # given by an extended header for the next member
     long_size: int | None = None
-    pending = False  # an extended header waits for its member
+    pending: set[bytes] = set()  # extended headers that wait for their member
     while True:
         block = headers.read(at, BLOCK)
         if len(block) < BLOCK:
@@ -168,8 +168,10 @@ def _members(headers: _Headers, path: str, size: int, skipped: Counter[str]) -> 
         if extended:
             if length > _LONGEST_NAME:
                 raise _damaged(path, at, f"an extended header of {length} bytes")
-            content = headers.read(begin, length)
-            pending = pending or kind != b"g"
+            content, padding = headers.read(begin, length), headers.read(begin + length, following - begin - length)
+            if kind in pending or padding.strip(b"\0"):
+                raise _damaged(path, at, "an extended header that is longer than it says, or without its member")
+            pending |= {kind} - {b"g"}  # which holds for all members
             if kind == b"L":
                 name = _text(content)
                 if not name:
@@ -182,7 +184,7 @@ def _members(headers: _Headers, path: str, size: int, skipped: Counter[str]) -> 
                 if "size" in records:
                     long_size = _decimal(records["size"], path, at)
         else:
-            own, name, pending = name if name is not None else _own_name(block), None, False
+            own, name, pending = name if name is not None else _own_name(block), None, set()
             if kind == b"S":
                 raise _damaged(path, at, "a sparse file, which has no plain content")
             if kind in (b"0", b"\0", b"7") and not own.endswith("/"):
