@@ -103,7 +103,7 @@ class FileServer:
         else:
             handler.send_response(200)
         if self.headers:
-            handler.send_header("ETag", '"' + hashlib.md5(data).hexdigest() + '"')  # noqa: S324
+            handler.send_header("ETag", '"' + hashlib.md5(data).hexdigest() + '"')
             handler.send_header("Last-Modified", formatdate(path.stat().st_mtime, usegmt=True))
         handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
