@@ -206,13 +206,17 @@ class Extents:
             for member in range(*members.starts[sample : sample + 2].tolist()):
                 offset, size = int(members.offsets[member]), int(members.sizes[member])
                 at = plan.place(offset - BLOCK)
-                header = read_header(data[at : at + BLOCK])
-                own = (key, extensions[members.codes[member]])
-                if header is None or not _fits(header, own, size):
-                    raise ShardError(
-                        f"shard {shard.path}: changed since it was indexed, or damaged: no header of {'.'.join(own)} "
-                        f"({size} bytes) at byte {offset - BLOCK}; start again to index it anew, or fetch it again"
-                    )
+                check_header(data[at : at + BLOCK], shard.path, (key, extensions[members.codes[member]]), offset, size)
+
+
+def check_header(block: bytes, path: str, own: tuple[str, str], offset: int, size: int) -> None:
+    """Raises ShardError if a member's header is not what the index says: key and extension, place, size."""
+    header = read_header(block)
+    if header is None or not _fits(header, own, size):
+        raise ShardError(
+            f"shard {path}: changed since it was indexed, or damaged: no header of {'.'.join(own)} "
+            f"({size} bytes) at byte {offset - BLOCK}; start again to index it anew, or fetch it again"
+        )
 
 
 def _fits(header: tuple[str, int], own: tuple[str, str], size: int) -> bool:

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmssl.data.remote import RemoteReader, Stat, beside, fetch, is_remote, put, stat
-from mmssl.data.tar import Member, ShardError, open_shard, scan
+from mmssl.data.tar import BLOCK, Member, ShardError, open_shard, scan
 
 _MAGIC = b"mmsslix1"
 _START = struct.Struct("<8sII")  # magic, length and CRC-32 of the JSON that follows
@@ -95,13 +95,31 @@ class ShardIndex:
         if zlib.crc32(body) != self.body_crc:
             raise ShardError(f"index {self.file}: damaged; delete it, it will be made again")
         n, m = self.samples, sum(self.extensions.values())
-        if len(body) < 8 * (2 * n + 2 + 3 * m):
+        if n < 1 or m < n or len(body) < 8 * (2 * n + 2 + 3 * m):
             raise ShardError(f"index {self.file}: damaged; delete it, it will be made again")
         arrays, at = [], 0
         for length in (n + 1, m, m, m, n + 1):
             arrays.append(np.frombuffer(body, "<i8", length, at))
             at += 8 * length
-        return Members(*arrays, keys=memoryview(body)[at:])  # type: ignore[arg-type]
+        members = Members(*arrays, keys=memoryview(body)[at:])  # type: ignore[arg-type]
+        if not _is_sound(members, len(self.extensions), self.tar_size):
+            raise ShardError(f"index {self.file}: its numbers do not fit the tar; delete it, it will be made again")
+        return members
+
+
+def _is_sound(members: Members, extensions: int, tar_size: int) -> bool:
+    """Whether all numbers of an index point into its tar and into itself."""
+    starts, offsets, sizes, codes, key_starts, keys = members
+    return bool(
+        starts[0] == key_starts[0] == 0
+        and starts[-1] == len(offsets)
+        and key_starts[-1] == len(keys)
+        and (starts[1:] > starts[:-1]).all()
+        and (key_starts[1:] >= key_starts[:-1]).all()
+        and ((codes >= 0) & (codes < extensions)).all()
+        and (offsets % BLOCK == 0).all()
+        and ((offsets >= BLOCK) & (sizes >= 0) & (sizes <= tar_size - offsets)).all()
+    )
 
 
 def index_shard(path: str) -> ShardIndex:
@@ -358,9 +376,15 @@ def _parse(path: str, file: BinaryIO, place: str | None) -> ShardIndex | None:
     head = file.read(length) if magic == _MAGIC and length < 1 << 24 else b""
     if not head or zlib.crc32(head) != crc:
         return None
-    values = {"version": "", **json.loads(head)}  # older files do not know versions
+    try:
+        values = {"version": "", **json.loads(head)}  # older files do not know versions
+    except (ValueError, TypeError, RecursionError):
+        return None
     body_start = file.tell()
     if any(not isinstance(values.get(name), kind) for name, kind in _STORED.items()):
+        return None
+    counts = [values["samples"], len(values["extensions"]), *values["extensions"].values(), *values["skipped"].values()]
+    if not all(isinstance(n, int) and n > 0 for n in counts):
         return None
     if body_start + values["body_size"] != file.seek(0, os.SEEK_END):
         return None
