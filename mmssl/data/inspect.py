@@ -27,7 +27,6 @@ KNOWN = {*IMAGE_EXTENSIONS, "txt", "json", "cls"}
 # What can go wrong, in the words of the summary.  Notes are told, but nothing is lost to them.
 BAD = {
     "unusable_shard": "shards that cannot be used",
-    "stale_index": "stored indexes that do not fit their shard",
     "empty_image": "images of 0 bytes",
     "not_an_image": "images that are none",
     "truncated": "images cut short",
@@ -142,8 +141,7 @@ def _look_at_index(report: ShardReport, index: ShardIndex, offsets: set[int] | N
     if offsets is not None and (
         not offsets.issuperset(members.offsets.tolist()) or len(offsets) != report.members + outside
     ):
-        detail = f"{index.file} lists other members than the tar; delete it, it will be made again"
-        report.findings.append(Finding(path, "", "stale_index", detail))
+        raise ShardError(f"shard {path}: its index {index.file} lists other members than it has; delete the index")
     for extension, count in index.extensions.items():
         if extension not in KNOWN:
             hint = ": a key ends at its first dot" if "." in extension else ""

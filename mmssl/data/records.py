@@ -21,9 +21,9 @@ _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP":
 class Record:
     """One sample to be: where its parts are found.
 
-    ``where`` names it in messages (a path, or "table.csv: row 12").  ``image`` is a path or the encoded bytes.  Texts
-    and labels are given, or lie in ``text_path``, ``label_path``.  ``key`` is None where a running number is to be given.  ``problem`` is set for
-    what is known to be unusable: (reason, detail).
+    ``where`` names it in messages (a path, or "table.csv: row 12").  ``image`` is a path or the encoded bytes.  Text
+    and label are given, or lie in files.  ``key`` is None where a running number is to be given.  ``problem`` is set
+    for what is known to be unusable: (reason, detail).
     """
 
     where: str

@@ -96,9 +96,23 @@ def kind_of(source: str) -> str:
 
 
 def walk(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """Every folder below and the names of its files, sorted.  Names that begin with a dot are left out."""
-    for here, folders, files in os.walk(folder, followlinks=True):
+    """Every folder below and the names of its files, sorted.  Names that begin with a dot are left out.
+
+    Raises:
+        ValueError: for a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"source {error.filename}: {error.strerror}; check its permissions")
+
+    seen: set[tuple[int, int]] = set()
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        stat = os.stat(here)
+        if (stat.st_dev, stat.st_ino) in seen:  # links that lead in a circle, or to the same folder again
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
         yield here, sorted(name for name in files if not name.startswith("."))
 
 
@@ -118,7 +132,7 @@ def class_of(folder: str) -> str:
 
 
 def image_records(source: str, classes: Mapping[str, int] | None) -> Iterator[Record]:
-    """A folder of images: captions lie beside them in .txt or .json, classes in .cls, or they are the folders' names."""
+    """A folder of images: captions in .txt or .json lie beside them, classes in .cls or in the folders' names."""
     for here, files in walk(source):
         names = set(files)
         used = set()

@@ -54,7 +54,8 @@ def places(total: int, wanted: int) -> NDArray[np.int64]:
     if wanted == 0 or wanted >= total:
         return np.arange(total, dtype=np.int64)
     draws = np.array([mix(0, stretch) % (1 << 32) for stretch in range(wanted)], np.float64) / 2**32
-    return np.minimum(((np.arange(wanted) + draws) * (total / wanted)).astype(np.int64), total - 1)
+    bounds = np.arange(wanted + 1, dtype=np.int64) * total // wanted
+    return bounds[:-1] + (draws * np.diff(bounds)).astype(np.int64)
 
 
 def statistics(

@@ -15,6 +15,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import IO
 
 import numpy as np
@@ -75,6 +76,7 @@ def write_shards(
     if not 0 <= val_part < 1:
         raise ValueError(f"val_part is {val_part}; give a part of the samples from 0 to below 1, such as 0.01")
     _claim(out)
+    records = _numbered(records)  # before they are shuffled: a number says where a sample comes from
     if shuffle is not None:
         records = list(records)
         # By hash: the same order with every version of Python.
@@ -108,15 +110,15 @@ def write_shards(
 
 
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
-    chunk = []
+    iterator = iter(records)
+    while chunk := list(islice(iterator, _CHUNK)):
+        yield chunk
+
+
+def _numbered(records: Iterable[Record]) -> Iterator[Record]:
     for number, record in enumerate(records):
         record.key = record.key if record.key is not None else f"{number:09d}"
-        chunk.append(record)
-        if len(chunk) == _CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+        yield record
 
 
 class _Part:
@@ -148,7 +150,7 @@ class _Part:
             self._tar.addfile(info, io.BytesIO(data))
         self._samples += 1
         self._written.samples[self._part] += 1
-        self._written.extensions.update(members)
+        self._written.extensions.update(members.keys())
 
     def finish(self) -> None:
         """Give the shard under way its name, if there is one."""
