@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import time
 import warnings
 from bisect import bisect_right
 from collections import Counter, OrderedDict
@@ -27,6 +28,7 @@ from mmssl.data.tar import BLOCK, ShardError, open_shard, read_exactly
 from mmssl.types import Sample
 
 _OPEN_SHARDS = 256
+_LOOK_AGAIN = 1.0  # seconds after which a shard that is open is asked for its size and time of change once more
 
 
 def expand(patterns: str | Sequence[str]) -> list[str]:
@@ -96,6 +98,7 @@ class _Open(NamedTuple):
     fd: int
     members: Members
     extensions: list[str]
+    looked: list[float]  # the one moment of the last look at its size and time of change
 
 
 def fingerprint(shards: Sequence[ShardIndex]) -> str:
@@ -227,7 +230,7 @@ class ShardSet:
             assert self._extents is not None
             return self._extents.read(number, index - self._starts[number])
         path = self.shards[number].path
-        fd, members, extensions = self._shard(number)
+        fd, members, extensions, _ = self._shard(number)
         local = index - self._starts[number]
         first, stop = members.starts[local : local + 2].tolist()
         offsets = members.offsets[first:stop].tolist()
@@ -246,15 +249,20 @@ class ShardSet:
 
     def _shard(self, number: int) -> _Open:
         shard = self._open.get(number)
+        index = self.shards[number]
         if shard is not None:
             self._open.move_to_end(number)
+            now = time.monotonic()
+            if now - shard.looked[0] > _LOOK_AGAIN:
+                shard.looked[0] = now
+                _check_same(shard.fd, index)
             return shard
-        index = self.shards[number]
         fd = open_shard(index.path)
-        stat = os.fstat(fd)
-        if (stat.st_size, stat.st_mtime_ns) != (index.tar_size, index.tar_mtime):
+        try:
+            _check_same(fd, index)
+        except ShardError:
             os.close(fd)
-            raise ShardError(f"shard {index.path}: changed since it was indexed; start again to index it anew")
+            raise
         try:
             members = index.members()
         except (OSError, ShardError) as error:
@@ -267,8 +275,14 @@ class ShardSet:
             raise
         if len(self._open) >= _OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1].fd)
-        shard = self._open[number] = _Open(fd, members, list(index.extensions))
+        shard = self._open[number] = _Open(fd, members, list(index.extensions), [time.monotonic()])
         return shard
+
+
+def _check_same(fd: int, index: ShardIndex) -> None:
+    stat = os.fstat(fd)
+    if (stat.st_size, stat.st_mtime_ns) != (index.tar_size, index.tar_mtime):
+        raise ShardError(f"shard {index.path}: changed since it was indexed; start again to index it anew")
 
 
 def _check_some(fd: int, index: ShardIndex, members: Members) -> None:
