@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import current_process, get_all_start_methods, get_context
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -368,7 +368,7 @@ def _load(path: str, place: str) -> ShardIndex | None:
         return None
 
 
-def _parse(path: str, file: BinaryIO, place: str | None) -> ShardIndex | None:
+def _parse(path: str, file: io.BufferedReader | io.BytesIO, place: str | None) -> ShardIndex | None:
     start = file.read(_START.size)
     if len(start) < _START.size:
         return None

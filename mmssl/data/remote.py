@@ -120,7 +120,7 @@ def put(url: str, data: bytes) -> bool:
         return False
     try:
         system, path = _system(url)
-        _call(system, "pipe_file", path, _limit(len(data)), value=data)
+        _call(system, "pipe_file", path, _limit(len(data)), data)
     except (*_store_errors(), NotImplementedError):
         return False
     return True
@@ -150,7 +150,9 @@ class RemoteReader:
         self._start, self._buffer, self._ahead = 0, b"", _READ_AHEAD[0]
 
     def pread(self, length: int, offset: int) -> bytes:
-        length = max(0, min(length, self.size - offset))
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
         at = offset - self._start
         if not 0 <= at <= len(self._buffer) - length:
             near = 0 <= at <= len(self._buffer) + _NEAR
@@ -340,13 +342,13 @@ def _system(url: str) -> tuple[Any, str]:
     return system, system._strip_protocol(url)
 
 
-def _call(system: Any, name: str, path: str, limit: float, **options: Any) -> Any:
+def _call(system: Any, name: str, path: str, limit: float, *more: Any, **options: Any) -> Any:
     """A method of a file system, with a time limit where it is asynchronous; the others have limits of their own."""
     if system.async_impl:
         from fsspec.asyn import sync
 
-        return sync(system.loop, getattr(system, "_" + name), path, timeout=limit, **options)
-    return getattr(system, name)(path, **options)
+        return sync(system.loop, getattr(system, "_" + name), path, *more, timeout=limit, **options)
+    return getattr(system, name)(path, *more, **options)
 
 
 def _forget() -> None:
