@@ -12,8 +12,9 @@ _HOME = {
     "MMM": "mmssl.objectives.mmm",
     "DataModule": "mmssl.data.datamodule",
     "Backbone": "mmssl.backbone",
+    "SampleLedger": "mmssl.training.callbacks.ledger",
 }
-__all__ = ["MAE", "MLM", "MMM", "Backbone", "DataModule"]
+__all__ = ["MAE", "MLM", "MMM", "Backbone", "DataModule", "SampleLedger"]
 
 
 def __getattr__(name: str) -> Any:

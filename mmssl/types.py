@@ -10,6 +10,7 @@ Axes:
 Never a bare ``mask``: papers disagree on its sign.  ``visible`` and ``hidden`` hold *indices*.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -106,11 +107,16 @@ class Batch(_Movable):
     valid: Bool[Tensor, " B"] | None = None
     counts: dict[str, int] = field(default_factory=dict)  # items that each loss averages over, e.g. {"text": 812}
     window: dict[str, int] | None = None  # this rank's counts over the whole accumulation window
-    notes: dict[str, int] = field(default_factory=dict)  # counters of the stream, e.g. {"bad/truncated": 2}
+    bad: list[tuple[str, str]] = field(default_factory=list)  # (shard, reason) of every sample that was replaced
 
     @property
     def size(self) -> int:
         return len(self.keys)
+
+    @property
+    def notes(self) -> dict[str, int]:
+        """What the stream counted, by name, for instance {"bad/truncated": 2}."""
+        return dict(Counter(f"bad/{reason}" for _, reason in self.bad))
 
 
 class Loss(NamedTuple):
@@ -139,7 +145,7 @@ class Prepare(Protocol):
         ...
 
     def collate(self, examples: list[Any], valid: list[bool] | None = None) -> Batch:
-        """Stack and pack; leaves ``index``, ``keys``, ``window`` and ``notes`` to the stream."""
+        """Stack and pack; leaves ``index``, ``keys``, ``window`` and ``bad`` to the stream."""
         ...
 
 

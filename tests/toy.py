@@ -57,7 +57,7 @@ class ToyStream(IterableDataset):
         while self.number is None or index < self.first + self.number:
             ids = torch.zeros(5, dtype=torch.int64)
             text = Text(ids, torch.tensor([0, 2, 4, 5]), 2, ids[:1], ids[:1])
-            yield Batch(index=index, keys=["a", "b"], text=text, notes={"bad/truncated": 1})
+            yield Batch(index=index, keys=["a", "b"], text=text, bad=[("toy.tar", "truncated")])
             index += 1
 
 

@@ -1,12 +1,14 @@
 """The data of a run, as users name it in YAML."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, NotRequired, TypedDict
 
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
+from mmssl.data.budget import Budget
+from mmssl.data.identity import histories, identity, write_shards_file
 from mmssl.data.loader import Loader, StartMethod, default_workers, leave_cores
 from mmssl.data.members import missing, sample_text
 from mmssl.data.order import check_world, choose_lanes
@@ -37,10 +39,13 @@ class DataModule(LightningDataModule):
         lanes: sequences the shards are read in side by side; the number of ranks must divide it.  None means
             the largest divisor of ``batch_size`` up to 64 (more for batches above 1,024).
         seed: of the order and of every random draw.
-        budget: part of a worker's samples that may be bad before the run stops (counted from 1,000 samples on).
+        budget: part of the samples that may be bad before the run stops, over all ranks, counted since the last start
+            and from 1,000 samples on.
         prefetch_factor: batches every worker prepares ahead; raised in training where all workers together would hold
             fewer than one optimizer step accumulates.  A rank then keeps up to two steps' batches in memory.
         val_samples: validate on this many samples, spread evenly over ``val``; None means all.
+        allow_appended: go on with a run whose shards became more, behind the known ones.  The epoch that was begun is
+            finished without them, the next one has them all.
         bad_samples: file that names every bad sample; None means ``bad_samples.jsonl`` in the run's folder.
         multiprocessing_context: fork, spawn or forkserver; None means the system's default.
 
@@ -61,6 +66,7 @@ class DataModule(LightningDataModule):
         budget: float = 0.01,
         prefetch_factor: int = 2,
         val_samples: int | None = None,
+        allow_appended: bool = False,
         bad_samples: str | None = None,
         multiprocessing_context: StartMethod | None = None,
     ) -> None:
@@ -81,12 +87,14 @@ class DataModule(LightningDataModule):
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
         self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
         self.seed, self.budget, self.val_samples = seed, budget, val_samples
+        self.allow_appended = allow_appended
         self.bad_samples, self.multiprocessing_context = bad_samples, multiprocessing_context
         self.batches = 0  # trained, not merely loaded
         self._train: TrainStream | None = None
         self._val: EvalSet | None = None
         self._saved: dict[str, Any] | None = None
         self._loaders: list[Loader] = []
+        self._shards_named = False  # in the run's folder, once there is a checkpoint to compare with
 
     # ---- set up
 
@@ -99,7 +107,7 @@ class DataModule(LightningDataModule):
         assert self.trainer is not None
         module = self.trainer.lightning_module
         assert module is not None
-        bad_samples = self.bad_samples or os.path.join(self.trainer.default_root_dir, "bad_samples.jsonl")
+        bad_samples = self._bad_samples()
         os.makedirs(os.path.dirname(bad_samples) or ".", exist_ok=True)
         rank, world = self.trainer.global_rank, self.trainer.world_size
         if stage == "fit":
@@ -118,11 +126,10 @@ class DataModule(LightningDataModule):
                 lanes=self.lanes,
                 rank=rank,
                 world=world,
-                budget=self.budget,
                 bad_samples=bad_samples,
             )
             if self._saved is not None:
-                self._check_state(self._saved)
+                self._go_on(self._saved)
         if self.val is not None:
             prepare = module.prepare(train=False)  # type: ignore[operator]
             shards = ShardSet(self.val)
@@ -135,11 +142,17 @@ class DataModule(LightningDataModule):
                 limit=self.val_samples,
                 rank=rank,
                 world=world,
-                budget=self.budget,
                 bad_samples=bad_samples,
             )
         elif stage != "fit":
             raise ValueError(f"data.val is not set, but {stage} runs on it; give its shards")
+
+    def _folder(self) -> str:
+        assert self.trainer is not None
+        return self.trainer.default_root_dir
+
+    def _bad_samples(self) -> str:
+        return self.bad_samples or os.path.join(self._folder(), "bad_samples.jsonl")
 
     def _wanted(self) -> dict[str, str | list[str]]:
         training = self.trainer is None or self.trainer.state.fn == "fit"
@@ -184,6 +197,7 @@ class DataModule(LightningDataModule):
             pin_memory=trainer.strategy.root_device.type == "cuda",
             first=(lambda: self.batches) if training else None,
             accumulate=(lambda: trainer.accumulate_grad_batches) if training else None,
+            budget=Budget(self.budget, self._bad_samples(), alone=trainer.world_size == 1),
         )
         self._loaders.append(loader)
         return loader
@@ -200,43 +214,39 @@ class DataModule(LightningDataModule):
         self.batches = batches
 
     @property
-    def fingerprint(self) -> str:
-        """Of all training shards, with their names and weights where there are several sources."""
-        assert self._train is not None
-        sources = self._train.samples.sources
-        if len(sources) == 1:
-            return sources[0].shards.fingerprint
-        return "; ".join(f"{s.name} x {s.weight:g}: {s.shards.fingerprint}" for s in sources)
+    def epochs(self) -> dict[str, float]:
+        """How often each source's samples have been trained on, by name; 1.5: one and a half times."""
+        return {} if self._train is None else self._train.epochs(self.batches)
+
+    def check_budget(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Called by all ranks together, now and then: raises TooManyBadSamples on all of them, or on none.
+
+        ``gather`` brings every rank's object to every rank.
+        """
+        for loader in self._loaders:
+            loader.budget.check(gather)
 
     def state_dict(self) -> dict[str, Any]:
-        """A few integers and the fingerprint, the same on every rank; empty if this run does not train."""
-        return {} if self._train is None else {"batches": self.batches, **self._identity()}
+        """A few integers and a fingerprint, the same on every rank; empty if this run does not train."""
+        if self._train is None:
+            return {}
+        assert self.trainer is not None
+        if self.trainer.is_global_zero and not self._shards_named:
+            write_shards_file(self._train, self._folder())
+            self._shards_named = True
+        return {"batches": self.batches, **identity(self._train)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on behind the last trained batch.  Raises ValueError if the order of samples would be another one."""
         if self._train is None:
             self._saved = state_dict  # checked by setup, if this run trains at all
         else:
-            self._check_state(state_dict)
+            self._go_on(state_dict)
         self.batches = state_dict["batches"]
 
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "lanes": self.lanes,
-            "fingerprint": self.fingerprint,
-        }
-
-    def _check_state(self, saved: Mapping[str, Any]) -> None:
-        for name, now in self._identity().items():
-            if saved[name] != now:
-                what = "the training shards were" if name == "fingerprint" else f"data.{name} was"
-                remedy = "restore them" if name == "fingerprint" else f"set data.{name}: {saved[name]}"
-                raise ValueError(
-                    f"{what} {saved[name]} in the checkpoint, now {now}: samples would be repeated and left out; "
-                    f"{remedy} to go on, or begin a new run from the checkpoint's weights"
-                )
+    def _go_on(self, saved: dict[str, Any]) -> None:
+        assert self._train is not None
+        self._train.grow(histories(saved, self._train, self._folder(), appended=self.allow_appended))
 
 
 def _sources(train: str | list[str] | dict[str, SourceConfig]) -> dict[str, SourceConfig]:

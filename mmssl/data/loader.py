@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch.utils.data import DataLoader
 
+from mmssl.data.budget import Budget
 from mmssl.data.stream import EvalSet, TrainStream
 from mmssl.types import Batch
 
@@ -85,6 +86,7 @@ class Loader:
         pin_memory: for copies to a GPU.
         first: number of the batch to begin with (training only).
         accumulate: number of batches of one optimizer step; ``Batch.window`` sums their counts.
+        budget: counts the bad samples of every batch as it is handed out; None allows any number.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class Loader:
         pin_memory: bool = False,
         first: Callable[[], int] | None = None,
         accumulate: Callable[[], int] | None = None,
+        budget: Budget | None = None,
     ) -> None:
+        self.budget = budget or Budget(1.0)
         self.data, self.first, self.accumulate, self.prefetch = data, first, accumulate, prefetch
         self._loader = DataLoader(
             data,
@@ -124,6 +128,7 @@ class Loader:
                 counts.update(batch.counts)
             for batch in window:
                 batch.window = dict(counts)
+                self.budget.count(batch)
                 yield batch
 
     def _batches(self) -> Iterator[Batch]:

@@ -139,6 +139,10 @@ class Order:
         passed = (position - self._begins[entry]) // count
         return first + passed, self._begins[entry] + passed * count, count
 
+    def samples_in(self, epoch: int) -> int:
+        """Number of samples of an epoch."""
+        return self.history[bisect_right(self.history, (epoch, 1 << 62)) - 1][1]
+
     def batch(self, number: int, batch_size: int, rank: int = 0, world: int = 1) -> tuple[Integers, Integers]:
         """Epochs and sample indices of one rank's part of a global batch, each of batch_size / world entries."""
         assert batch_size % self.lanes == 0, "checked by choose_lanes"
@@ -230,7 +234,7 @@ class Order:
         return blocks, places // self.block, places % self.block
 
     def _permuted_blocks(self, epoch: int) -> tuple[Permutation, int, int]:
-        count = self.history[bisect_right(self.history, (epoch, 1 << 62)) - 1][1]
+        count = self.samples_in(epoch)
         blocks = -(-count // self.block)
         permuted = Permutation(blocks, *self._key, epoch, 1)
         last = int(permuted.inverse(np.array([blocks - 1]))[0])  # where the last block went, the short one
@@ -266,6 +270,14 @@ class Mixture:
                 return source, before
             number -= before
         raise AssertionError("the last source's share is 1")
+
+    def given(self, number: int) -> list[int]:
+        """How many of the first ``number`` global batches each source gave."""
+        counts = []
+        for share in self._shares:
+            counts.append(self._taken(share, number))
+            number -= counts[-1]
+        return counts
 
     @staticmethod
     def _taken(share: Fraction, number: int) -> int:

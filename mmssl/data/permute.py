@@ -1,4 +1,4 @@
-"""Keyed permutations of range(n), made of SplitMix64 hashes: NumPy does not promise its own streams to stay the same."""
+"""Keyed permutations of range(n) from SplitMix64 hashes: NumPy does not promise its own streams to stay the same."""
 
 from math import isqrt
 

@@ -8,13 +8,14 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from mmssl.data.budget import TooManyBadSamples, worst_shards
 from mmssl.data.order import Mixture, Order, check_world
 from mmssl.data.shards import ShardSet
 from mmssl.data.tar import ShardError
@@ -22,11 +23,6 @@ from mmssl.draws import Draws, mix
 from mmssl.types import BadSample, Batch, Prepare
 
 _TRIES = 16
-
-
-class TooManyBadSamples(ValueError):
-    """More samples had to be replaced than the budget allows; names the worst shards and reasons."""
-
 
 StreamError = ShardError | TooManyBadSamples
 
@@ -41,66 +37,52 @@ class Source:
 
 
 class _Samples:
-    """Reads and prepares single samples; replaces, counts, reports the bad ones.
+    """Reads and prepares single samples; replaces and reports the bad ones."""
 
-    The budget is the part of this worker's samples that may be bad; up to 1,000 samples the same number is
-    allowed as for 1,000, so that one bad sample at the start does not stop a run.
-    """
-
-    def __init__(self, sources: list[Source], prepare: Prepare, budget: float, bad_samples: str | None) -> None:
-        if not 0 <= budget <= 1:
-            raise ValueError(f"budget is {budget}; give the part of samples that may be bad, from 0 to 1")
-        self.sources, self.prepare, self.budget, self.bad_samples = sources, prepare, budget, bad_samples
-        self.seen = 0
-        self.bad: Counter[tuple[str, str]] = Counter()  # by (shard, reason)
+    def __init__(self, sources: list[Source], prepare: Prepare, bad_samples: str | None) -> None:
+        self.sources, self.prepare, self.bad_samples = sources, prepare, bad_samples
         self._listed: set[tuple[str, str, int]] = set()  # every validation meets the same bad samples again
 
-    def get(self, source: int, index: int, key: tuple[int, ...], epoch: int, batch: int) -> tuple[Any, str, list[str]]:
-        """A prepared example, its name, and the reasons for which others were passed over.
+    def get(
+        self, source: int, index: int, key: tuple[int, ...], epoch: int, batch: int, count: int
+    ) -> tuple[Any, str, list[tuple[str, str]]]:
+        """A prepared example, its name, and (shard, reason) of those that were passed over.
 
-        ``key`` and the sample's index key the draws.  A substitute is a sample of the same source, chosen by hash.
+        ``key`` and the sample's index key the draws.  A substitute is one of the source's first ``count`` samples,
+        chosen by hash.
         """
         shards = self.sources[source].shards
-        reasons: list[str] = []
+        bad: list[tuple[str, str]] = []
         chosen = index
-        self.seen += 1
-        while len(reasons) < _TRIES:
+        while len(bad) < _TRIES:
             sample = shards.read(chosen)
             name = f"{os.path.basename(sample.shard)}/{sample.key}"
             try:
-                return self.prepare.sample(sample, Draws(*key, chosen), batch), name, reasons
+                return self.prepare.sample(sample, Draws(*key, chosen), batch), name, bad
             except BadSample as error:
-                reasons.append(error.reason)
+                bad.append((sample.shard, error.reason))
                 self._report(sample.shard, sample.key, error, epoch)
             except Exception as error:
                 error.add_note(f"while preparing sample {sample.key} of shard {sample.shard}")
                 raise
-            chosen = mix(*key, index, len(reasons)) % len(shards)
-        raise TooManyBadSamples(f"{_TRIES} samples in a row cannot be used; {self._worst()}")
+            chosen = mix(*key, index, len(bad)) % count
+        raise TooManyBadSamples(
+            f"{_TRIES} samples in a row cannot be used; {worst_shards(Counter(bad), self.bad_samples)}"
+        )
 
     def _report(self, shard: str, key: str, error: BadSample, epoch: int) -> None:
-        self.bad[shard, error.reason] += 1
-        if self.bad_samples is not None and (shard, key, epoch) not in self._listed:
-            if len(self._listed) > 100_000:
-                self._listed.clear()
-            self._listed.add((shard, key, epoch))
-            entry = {"shard": shard, "key": key, "reason": error.reason, "detail": error.detail, "epoch": epoch}
-            # One write to a file opened for appending: lines of several workers and ranks do not mix.
-            fd = os.open(self.bad_samples, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-            try:
-                os.write(fd, (json.dumps(entry) + "\n").encode())
-            finally:
-                os.close(fd)
-        total = self.bad.total()
-        if total > self.budget * max(self.seen, 1000):
-            raise TooManyBadSamples(
-                f"{total} of {self.seen} samples cannot be used, over the budget of {self.budget:.2%}; {self._worst()}"
-            )
-
-    def _worst(self) -> str:
-        worst = "; ".join(f"{shard}: {n} x {reason}" for (shard, reason), n in self.bad.most_common(3))
-        where = f"; all are listed in {self.bad_samples}" if self.bad_samples else ""
-        return f"worst shards: {worst}{where}. Repair or leave out these shards, or raise data.budget"
+        if self.bad_samples is None or (shard, key, epoch) in self._listed:
+            return
+        if len(self._listed) > 100_000:
+            self._listed.clear()
+        self._listed.add((shard, key, epoch))
+        entry = {"shard": shard, "key": key, "reason": error.reason, "detail": error.detail, "epoch": epoch}
+        # One write to a file opened for appending: lines of several workers and ranks do not mix.
+        fd = os.open(self.bad_samples, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            os.write(fd, (json.dumps(entry) + "\n").encode())
+        finally:
+            os.close(fd)
 
 
 def _mine() -> tuple[int, int]:
@@ -134,11 +116,10 @@ class TrainStream(IterableDataset[Batch | StreamError]):
         lanes: see :mod:`mmssl.data.order`.
         rank, world: whose part of each batch this is.
         start_batch: number of the first batch.
-        budget: the part of samples that may be bad.
         bad_samples: file to which every bad sample is appended as a line of JSON.
 
     Raises:
-        ValueError: if the lanes cannot be dealt to the ranks, or for a weight or budget that makes no sense.
+        ValueError: if the lanes cannot be dealt to the ranks, or for a weight that makes no sense.
     """
 
     def __init__(
@@ -152,34 +133,68 @@ class TrainStream(IterableDataset[Batch | StreamError]):
         rank: int = 0,
         world: int = 1,
         start_batch: int = 0,
-        budget: float = 0.01,
         bad_samples: str | None = None,
     ) -> None:
         check_world(lanes, world, batch_size)
         self.seed, self.batch_size, self.rank, self.world, self.start_batch = seed, batch_size, rank, world, start_batch
         self.mixture = Mixture([source.weight for source in sources])
-        self.orders = [
-            Order(len(source.shards), lanes=lanes, seed=seed, source=number) for number, source in enumerate(sources)
-        ]
-        self.samples = _Samples(sources, prepare, budget, bad_samples)
+        self.samples = _Samples(sources, prepare, bad_samples)
+        self.orders = self._make_orders([len(source.shards) for source in sources], lanes)
+
+    def _make_orders(self, counts: Sequence[int | Sequence[Sequence[int]]], lanes: int) -> list[Order]:
+        orders = [Order(n, lanes=lanes, seed=self.seed, source=number) for number, n in enumerate(counts)]
+        for source, order in zip(self.samples.sources, orders, strict=True):
+            source.shards.group = order.block  # fetched together: nobody else reads of a block in this epoch
+        return orders
+
+    def grow(self, histories: Sequence[Sequence[Sequence[int]]]) -> None:
+        """Go on with sources to which samples were appended; see :class:`mmssl.data.order.Order`."""
+        self.orders = self._make_orders(histories, self.orders[0].lanes)
 
     def batch(self, number: int) -> Batch:
         """This rank's part of a global batch.  Raises ShardError or TooManyBadSamples."""
         source, before = self.mixture.at(number)
-        epochs, indices = self.orders[source].batch(before, self.batch_size, self.rank, self.world)
-        examples, names, notes = [], [], Counter[str]()
+        order = self.orders[source]
+        epochs, indices = order.batch(before, self.batch_size, self.rank, self.world)
+        examples, names, bad = [], [], []
         for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True):
-            example, name, reasons = self.samples.get(source, index, (self.seed, epoch, source), epoch, number)
+            key, count = (self.seed, epoch, source), order.samples_in(epoch)
+            example, name, replaced = self.samples.get(source, index, key, epoch, number, count)
             examples.append(example)
             names.append(name)
-            notes.update(f"bad/{reason}" for reason in reasons)
+            bad += replaced
         batch = self.samples.prepare.collate(examples)
-        batch.index, batch.keys, batch.notes = number, names, dict(notes)
+        batch.index, batch.keys, batch.bad = number, names, bad
         return batch
+
+    def epochs(self, batches: int) -> dict[str, float]:
+        """How often each source's samples have been seen after so many global batches, by name; 1.5: one and a half."""
+        passed = {}
+        for number, (source, order) in enumerate(zip(self.samples.sources, self.orders, strict=True)):
+            position = self.mixture.given(batches)[number] * self.batch_size
+            epoch, begin, count = order.epoch_at(position)
+            passed[source.name] = epoch + (position - begin) / count
+        return passed
 
     def __iter__(self) -> Iterator[Batch | StreamError]:
         worker, workers = _mine()
-        return _until_error(self.batch, itertools.count(self.start_batch + worker, workers))
+        return _until_error(self._prefetched(), itertools.count(self.start_batch + worker, workers))
+
+    def _prefetched(self) -> Callable[[int], Batch]:
+        """``batch``, which first sees to it that remote shards are fetched before they are needed."""
+        remote = [source.shards.remote for source in self.samples.sources]
+        started: set[int] = set()
+
+        def made(number: int) -> Batch:
+            source, before = self.mixture.at(number)
+            if remote[source]:
+                order, shards = self.orders[source], self.samples.sources[source].shards
+                start = source not in started
+                started.add(source)
+                shards.prefetch(order.ahead(before, self.batch_size, self.rank, self.world, start=start))
+            return self.batch(number)
+
+        return made if any(remote) else self.batch
 
 
 class EvalSet(IterableDataset[Batch | StreamError]):
@@ -195,7 +210,7 @@ class EvalSet(IterableDataset[Batch | StreamError]):
         seed: of the draws.
         batch_size: global, over all ranks; the ranks must divide it.
         limit: use this many samples, spread evenly over the shards.
-        rank, world, budget, bad_samples: as in :class:`TrainStream`.
+        rank, world, bad_samples: as in :class:`TrainStream`.
     """
 
     def __init__(
@@ -208,7 +223,6 @@ class EvalSet(IterableDataset[Batch | StreamError]):
         limit: int | None = None,
         rank: int = 0,
         world: int = 1,
-        budget: float = 0.01,
         bad_samples: str | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % world:
@@ -218,28 +232,45 @@ class EvalSet(IterableDataset[Batch | StreamError]):
         self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
         self.total = len(shards)
         self.count = min(limit or self.total, self.total)
-        self.samples = _Samples([Source("val", shards)], prepare, budget, bad_samples)
+        # Neighbours that one rank reads in one batch; with a limit there are none.
+        shards.group = batch_size // world if self.count == self.total else 1
+        self.samples = _Samples([Source("val", shards)], prepare, bad_samples)
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
 
     def batch(self, number: int) -> Batch:
         """This rank's part of global batch ``number``."""
-        part = self.batch_size // self.world
-        first = number * self.batch_size + self.rank * part
-        examples, names, valid, notes = [], [], [], Counter[str]()
-        for position in range(first, first + part):
-            index = position % self.count * self.total // self.count
-            example, name, reasons = self.samples.get(0, index, (self.seed, 0), 0, 0)
+        examples, names, valid, bad = [], [], [], []
+        for position in self._positions(number):
+            example, name, replaced = self.samples.get(0, self._index(position), (self.seed, 0), 0, 0, self.total)
             examples.append(example)
             names.append(name)
-            valid.append(position < self.count and not reasons)
-            notes.update(f"bad/{reason}" for reason in reasons)
+            valid.append(position < self.count and not replaced)
+            bad += replaced
         batch = self.samples.prepare.collate(examples, valid)
-        batch.index, batch.keys, batch.notes = number, names, dict(notes)
+        batch.index, batch.keys, batch.bad = number, names, bad
         batch.valid = torch.tensor(valid)
         return batch
 
+    def _positions(self, number: int) -> range:
+        part = self.batch_size // self.world
+        first = number * self.batch_size + self.rank * part
+        return range(first, first + part)
+
+    def _index(self, position: int) -> int:
+        return position % self.count * self.total // self.count
+
     def __iter__(self) -> Iterator[Batch | StreamError]:
         worker, workers = _mine()
-        return _until_error(self.batch, range(worker, len(self), workers))
+        numbers = range(worker, len(self), workers)
+        shards = self.samples.sources[0].shards
+        if not shards.remote:
+            return _until_error(self.batch, numbers)
+
+        def made(number: int) -> Batch:
+            soon = range(number, min(number + 2 * workers, len(self)), workers)
+            shards.prefetch(self._index(position) for later in soon for position in self._positions(later))
+            return self.batch(number)
+
+        return _until_error(made, numbers)

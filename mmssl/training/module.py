@@ -178,6 +178,8 @@ class PretrainModule(LightningModule):
         trained = getattr(getattr(self.trainer, "datamodule", None), "trained", None)
         if trained is not None:
             trained(self._last_batch + 1)
+        if self._logs_now():
+            self._check_budget()
         limit = float("inf") if self.clip_grad_norm is None else self.clip_grad_norm
         norm = nn.utils.clip_grad_norm_(self.parameters(), limit)
         if self._logs_now():
@@ -192,6 +194,12 @@ class PretrainModule(LightningModule):
         # global_step grows after the optimizer's step, Lightning logs when the grown number divides.
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return (self.trainer.global_step + 1) % every == 0
+
+    def _check_budget(self) -> None:
+        """All ranks together: stop on all of them if too many samples were bad."""
+        check = getattr(getattr(self.trainer, "datamodule", None), "check_budget", None)
+        if check is not None and self.trainer.world_size > 1:
+            check(lambda mine: gather_objects(mine, self.trainer.world_size))
 
     @staticmethod
     def _add(sums: dict[str, Tensor], losses: dict[str, Loss], dtype: torch.dtype) -> None:
@@ -219,6 +227,7 @@ class PretrainModule(LightningModule):
         if self._eval_sums:
             for name, value in self._means(self._eval_sums).items():
                 self.log(f"val/{name}", value)
+        self._check_budget()
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -226,6 +235,10 @@ class PretrainModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         for name, value in self._means(self._eval_sums).items():
             self.log(f"test/{name}", value)
+        self._check_budget()
+
+    def on_predict_epoch_end(self) -> None:
+        self._check_budget()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Completion:
         return self.complete(batch)
@@ -292,6 +305,14 @@ def split_by_sample(
         out_values[sample].append(value)
         out_positions[sample].append(position - starts[sample])
     return out_values, out_positions
+
+
+def gather_objects(mine: Any, world: int) -> list[Any]:
+    """Every rank's object, by rank; all ranks call this together."""
+    every: list[Any] = [mine] * world
+    if world > 1:
+        torch.distributed.all_gather_object(every, mine)
+    return every
 
 
 def unit_pixels(pixels: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:

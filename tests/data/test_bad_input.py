@@ -511,9 +511,9 @@ def test_substitutes_are_the_same_in_every_run_and_counted_by_reason(
     assert torch.equal(first.batch.text.input_ids, second.batch.text.input_ids)
 
 
-def test_over_the_budget_the_shard_and_its_reasons_are_named(tmp_path: Path, prepares: dict[str, Prepare]) -> None:
+def test_where_nothing_is_good_the_shard_and_its_reasons_are_named(tmp_path: Path, prepares: dict[str, Prepare]) -> None:
     members = [(f"{i}.{x}", b"<html>" if x == "jpg" else b"text") for i in range(30) for x in ("jpg", "txt")]
-    with pytest.raises(TooManyBadSamples, match=r"11 of \d+ .* budget of 1\.00%; worst shards: .*odd\.tar: 11 x not_"):
+    with pytest.raises(TooManyBadSamples, match=r"16 samples in a row .*; worst shards: .*odd\.tar: 16 x not_"):
         one_epoch(tmp_path, members, prepares["pairs"])
 
 

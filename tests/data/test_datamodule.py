@@ -58,11 +58,13 @@ def texts(tmp_path: Path) -> str:
     return write_shards(tmp_path / "texts", 50)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize(("workers", "start"), [(0, None), (1, "fork"), (3, "fork"), (1, "spawn"), (3, "spawn")])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_resume_is_exact_across_an_epochs_end(tmp_path: Path, texts: str, workers: int, accumulate: int) -> None:
-    def data(workers: int = workers) -> DataModule:
-        return DataModule(texts, val=texts, batch_size=8, num_workers=workers, seed=5)
+def test_resume_is_exact_across_an_epochs_end(
+    tmp_path: Path, texts: str, workers: int, start: Any, accumulate: int
+) -> None:
+    def data() -> DataModule:
+        return DataModule(texts, val=texts, batch_size=8, num_workers=workers, seed=5, multiprocessing_context=start)
 
     def run(module: Recorder, steps: int, **options: Any) -> Trainer:
         made = trainer(tmp_path, max_steps=steps, accumulate_grad_batches=accumulate, limit_val_batches=2)
@@ -75,7 +77,7 @@ def test_resume_is_exact_across_an_epochs_end(tmp_path: Path, texts: str, worker
     run(first, 3).save_checkpoint(checkpoint)  # 50 samples, 8 a batch: the epoch ends in batch 6
     state = torch.load(checkpoint, weights_only=True)["DataModule"]
     assert state["batches"] == 3 * accumulate
-    assert set(state) == {"seed", "batches", "batch_size", "lanes", "fingerprint"}
+    assert set(state) == {"order", "seed", "batches", "batch_size", "lanes", "sources"}
     run(second, 10, ckpt_path=checkpoint)
     assert [index for index, _, _ in whole.seen] == list(range(10 * accumulate))
     assert first.seen + second.seen == whole.seen
@@ -152,6 +154,93 @@ def test_a_checkpoint_of_other_data_is_refused(
             DataModule(**{**options, **change}),  # type: ignore[arg-type]
             ckpt_path=str(tmp_path / "a.ckpt"),
         )
+
+
+def going_on(folder: Path, train: Any, steps: int, checkpoint: Path | None, **options: Any) -> list[list[str]]:
+    """Train up to ``steps`` and save; the keys of each batch."""
+    module = Recorder()
+    made = trainer(folder, max_steps=steps)
+    data = DataModule(train, batch_size=8, num_workers=0, seed=5, **options)
+    made.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint))
+    made.save_checkpoint(folder / "a.ckpt")
+    return [keys for _, keys, _ in module.seen]
+
+
+def test_appended_shards_come_with_the_next_epoch(tmp_path: Path) -> None:
+    one, two, saved = tmp_path / "shards" / "a", tmp_path / "shards" / "b", tmp_path / "a.ckpt"
+    old, new = write_shards(one, 50), write_shards(two, 20, shards=2, prefix="new-")
+    begun = going_on(tmp_path, old, 4, None)
+    with pytest.raises(
+        ValueError, match=r"2 shards were appended to source 'train' .*00000\.tar, 00001\.tar.*allow_app"
+    ):
+        going_on(tmp_path, [old, new], 30, saved)
+    rest = going_on(tmp_path, [old, new], 30, saved, allow_appended=True)
+    keys = [key for batch in begun + rest for key in batch]
+    assert sorted(map(number, keys[:50])) == list(range(50))
+    assert not any("new-" in key for key in keys[:50])
+    for epoch in range(2):  # 70 samples each
+        part = keys[50 + 70 * epoch : 120 + 70 * epoch]
+        assert sorted(number(key) for key in part if "new-" not in key) == list(range(50))
+        assert sorted(number(key) for key in part if "new-" in key) == list(range(20))
+    # Once accepted, they belong to the run: no option is needed, and a stop makes no difference.
+    going_on(tmp_path, old, 4, None)
+    first = going_on(tmp_path, [old, new], 9, saved, allow_appended=True)
+    assert first + going_on(tmp_path, [old, new], 30, saved) == rest
+    with pytest.raises(ValueError, match=r"shards were .*70 samples in 5 shards.* now .*50 samples in 3 shards"):
+        going_on(tmp_path, old, 40, saved, allow_appended=True)
+
+
+def test_appended_at_the_very_end_of_an_epoch(tmp_path: Path) -> None:
+    old, new = write_shards(tmp_path / "a", 40), write_shards(tmp_path / "b", 20, shards=1, prefix="new-")
+    going_on(tmp_path, old, 5, None)
+    rest = going_on(tmp_path, [old, new], 5 + 15, tmp_path / "a.ckpt", allow_appended=True)
+    assert sorted(key for batch in rest for key in batch if "new-" in key) == sorted(
+        f"00000.tar/new-{i:06d}" for i in [*range(20), *range(20)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda shard, other: other.replace(shard), "changed: 00001.tar; restore them"),
+        (lambda shard, other: shard.unlink(), "gone: 00001.tar; restore them"),
+        (lambda shard, other: shard.rename(shard.with_name("x.tar")), "gone: 00001.tar; new: x.tar; restore them"),
+    ],
+)
+def test_changed_shards_are_named(tmp_path: Path, change: Any, message: str) -> None:
+    write_shards(tmp_path / "in", 50)
+    write_shards(tmp_path / "other", 9, shards=1)
+    going_on(tmp_path, str(tmp_path / "in"), 2, None)
+    change(tmp_path / "in" / "00001.tar", tmp_path / "other" / "00000.tar")
+    with pytest.raises(ValueError, match=f"samples would be repeated and left out; {message}"):
+        going_on(tmp_path, str(tmp_path / "in"), 4, tmp_path / "a.ckpt")
+
+
+def test_shards_in_another_order_are_named(tmp_path: Path) -> None:
+    paths = [str(tmp_path / "in" / f"0000{i}.tar") for i in range(3)]
+    write_shards(tmp_path / "in", 50)
+    going_on(tmp_path, paths, 2, None)
+    with pytest.raises(ValueError, match=r"in another order: 00000\.tar, 00002\.tar; restore them"):
+        going_on(tmp_path, paths[::-1], 4, tmp_path / "a.ckpt")
+
+
+def test_an_earlier_order_is_refused(tmp_path: Path, texts: str) -> None:
+    going_on(tmp_path, texts, 2, None)
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    del saved["DataModule"]["order"]
+    torch.save(saved, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="order of samples is version 1, this mmssl makes version 2"):
+        going_on(tmp_path, texts, 4, tmp_path / "a.ckpt")
+
+
+def test_every_source_has_an_epoch_counter(tmp_path: Path) -> None:
+    sources = {
+        "long": {"shards": write_shards(tmp_path / "a", 60), "weight": 3},
+        "short": {"shards": write_shards(tmp_path / "b", 10)},
+    }
+    data = DataModule(sources, batch_size=4, num_workers=0)  # type: ignore[arg-type]
+    trainer(tmp_path, max_steps=40).fit(Recorder(), data)
+    assert data.epochs == {"long": 30 * 4 / 60, "short": 10 * 4 / 10}
 
 
 def test_shards_must_hold_what_the_objective_needs(tmp_path: Path, texts: str) -> None:

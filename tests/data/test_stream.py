@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ import torch
 from toys import ToyImage, ToyText, number, same, write_shards
 from webdataset import TarWriter
 
+from mmssl.data.budget import Budget, TooManyBadSamples
 from mmssl.data.loader import Loader, default_workers
 from mmssl.data.shards import ShardSet
-from mmssl.data.stream import EvalSet, Source, TooManyBadSamples, TrainStream
+from mmssl.data.stream import EvalSet, Source, TrainStream
 from mmssl.data.tar import ShardError
 from mmssl.draws import Draws
 from mmssl.types import Batch, Sample
@@ -30,17 +32,12 @@ def stream(pattern: str | list[str], **options: object) -> TrainStream:
     return TrainStream([Source("train", ShardSet(pattern))], prepare, **arguments)  # type: ignore[arg-type]
 
 
-def take(loader: Loader, batches: int) -> list[Batch]:
+def take(loader: Iterable[Batch], batches: int) -> list[Batch]:
     iterator = iter(loader)
     try:
         return list(itertools.islice(iterator, batches))
     finally:
         iterator.close()  # type: ignore[attr-defined]
-
-
-def run(data: TrainStream, batches: int) -> None:
-    for index in range(batches):
-        data.batch(index)
 
 
 def with_bad(folder: Path, samples: int, bad: set[int], text: bytes = b"bad") -> str:
@@ -186,21 +183,38 @@ def test_bad_samples_are_replaced_counted_and_named(tmp_path: Path) -> None:
     }
 
 
-def test_over_the_budget_the_worst_shards_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_over_the_budget_the_worst_shards_are_named(tmp_path: Path, workers: int) -> None:
+    """At the same batch, however many workers there are."""
     pattern = with_bad(tmp_path, 100, {i for i in range(50) if i % 2})
-    data = stream(pattern, budget=0.01)
-    with pytest.raises(
-        TooManyBadSamples, match=r"11 of \d+ samples .*budget of 1\.00%; worst shards: .*0\.tar: 11 x toy"
-    ):
-        run(data, 1000)
-    unlimited = stream(pattern, budget=1.0)
-    run(unlimited, 50)
+    batches = iter(Loader(stream(pattern), workers=workers, budget=Budget(0.01, "bad.jsonl")))
+    message = r"15 of 40 samples .*budget of 1\.00%; worst shards: .*0\.tar: 15 x toy; all are listed in bad\.jsonl\."
+    with pytest.raises(TooManyBadSamples, match=message):
+        take(batches, 1000)
+
+
+def test_budgets_are_parts_of_all_samples(tmp_path: Path) -> None:
+    pattern = with_bad(tmp_path, 100, {1})
+    assert len(take(Loader(stream(pattern), workers=0, budget=Budget(1.0)), 200)) == 200
+    assert len(take(Loader(stream(pattern), workers=0, budget=Budget(0.011)), 200)) == 200  # 16 of 1600 are allowed
+    with pytest.raises(TooManyBadSamples, match="10 of"):
+        take(Loader(stream(pattern), workers=0, budget=Budget(0.0099)), 200)
     with pytest.raises(TooManyBadSamples, match="1 of"):
-        run(stream(pattern, budget=0.0), 1000)
+        take(Loader(stream(pattern), workers=0, budget=Budget(0.0)), 200)
+
+
+def test_ranks_agree_about_the_budget() -> None:
+    """No rank stops alone: 30 bad of 1,000 at one of four ranks are less than 1 % of all."""
+    mine = [(1000, 30, [(("a.tar", "toy"), 30)]), *[(1000, 0, [])] * 3]
+    budget = Budget(0.01, alone=False)
+    budget.count(Batch(index=0, keys=["k"] * 1000, bad=[("a.tar", "toy")] * 30))
+    budget.check(lambda own: [own, *mine[1:]])
+    with pytest.raises(TooManyBadSamples, match=r"60 of 4000 .*worst shards: a\.tar: 60 x toy"):
+        budget.check(lambda own: [own, mine[0], *mine[2:]])
 
 
 def test_nothing_usable_stops_at_once(tmp_path: Path) -> None:
-    data = stream(with_bad(tmp_path, 100, set(range(100))), budget=1.0)
+    data = stream(with_bad(tmp_path, 100, set(range(100))))
     with pytest.raises(TooManyBadSamples, match="16 samples in a row cannot be used"):
         data.batch(0)
 
@@ -208,7 +222,7 @@ def test_nothing_usable_stops_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_errors_of_workers_arrive_as_one_line(tmp_path: Path, workers: int) -> None:
     loader = Loader(stream(with_bad(tmp_path, 100, set(range(100)))), workers=workers)
-    with pytest.raises(TooManyBadSamples, match="worst shards") as caught:
+    with pytest.raises(TooManyBadSamples, match=r"16 samples in a row .*worst shards") as caught:
         take(loader, 1)
     assert "\n" not in str(caught.value)
 
@@ -285,7 +299,7 @@ def test_refusals(texts: str) -> None:
     with pytest.raises(ValueError, match=r"8 lanes .* to 3 ranks; run on 1, 2, 4, 8"):
         stream(texts, world=3)
     with pytest.raises(ValueError, match="budget is 2"):
-        stream(texts, budget=2.0)
+        Budget(2.0)
     with pytest.raises(ValueError, match="val_batch_size is 6"):
         EvalSet(ShardSet(texts), ToyText(), seed=0, batch_size=6, world=4)
     with pytest.raises(ValueError, match="val_samples is 0"):

@@ -5,10 +5,11 @@ from collections import Counter
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor
+
+from mmssl.training.module import gather_objects
 
 
 class _FetchTimer(Profiler):
@@ -51,6 +52,7 @@ class Throughput(Callback):
     - ``speed/data_wait_share``: the waiting as a part of all time, 0 to 1
     - ``data/<counter>``: the sum of ``Batch.notes`` since the run began, over all ranks, for instance
       ``data/bad/truncated``
+    - ``data/epoch``, or ``data/epoch/<source>`` for each of several: how often its samples have been trained on
 
     Validation, pictures and checkpoints are not counted, so this callback comes first in the list.  On a GPU the
     host runs ahead of the device; over a window the means are right all the same, because the queue between the
@@ -118,6 +120,10 @@ class Throughput(Callback):
             pl_module.log(f"speed/{name}", value, rank_zero_only=True, batch_size=1)
         for name, total in totals.items():
             pl_module.log(f"data/{name}", float(total), rank_zero_only=True, batch_size=1)
+        epochs: dict[str, float] = getattr(getattr(trainer, "datamodule", None), "epochs", {})
+        for source, epoch in epochs.items():
+            name = "data/epoch" if len(epochs) == 1 else f"data/epoch/{source}"
+            pl_module.log(name, epoch, rank_zero_only=True, batch_size=1)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -132,8 +138,5 @@ class Throughput(Callback):
 
 def _over_ranks(trainer: pl.Trainer, tokens: int, totals: Counter[str]) -> tuple[int, Counter[str]]:
     """The sums over all ranks, which call this together.  As objects: a rank knows only the names that it met."""
-    every: list[Any] = [(tokens, totals)]
-    if trainer.world_size > 1:
-        every = [None] * trainer.world_size
-        torch.distributed.all_gather_object(every, (tokens, totals))
+    every = gather_objects((tokens, totals), trainer.world_size)
     return sum(tokens for tokens, _ in every), sum((totals for _, totals in every), Counter())
