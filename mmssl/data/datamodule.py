@@ -8,6 +8,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from mmssl.data.budget import Budget
+from mmssl.data.cache import Cache
 from mmssl.data.identity import histories, identity, write_shards_file
 from mmssl.data.loader import Loader, StartMethod, default_workers, leave_cores
 from mmssl.data.members import missing, sample_text
@@ -47,6 +48,9 @@ class DataModule(LightningDataModule):
         allow_appended: go on with a run whose shards became more, behind the known ones.  The epoch that was begun is
             finished without them, the next one has them all.
         bad_samples: file that names every bad sample; None means ``bad_samples.jsonl`` in the run's folder.
+        cache_dir: folder of the node's own disk for pieces of remote shards; None means ``$MMSSL_CACHE``, or else one
+            in ``$TMPDIR`` or ``/tmp``.
+        cache_limit_gb: how much may lie there, in 10⁹ bytes.
         multiprocessing_context: fork, spawn or forkserver; None means the system's default.
 
     Raises:
@@ -68,6 +72,8 @@ class DataModule(LightningDataModule):
         val_samples: int | None = None,
         allow_appended: bool = False,
         bad_samples: str | None = None,
+        cache_dir: str | None = None,
+        cache_limit_gb: float = 50,
         multiprocessing_context: StartMethod | None = None,
     ) -> None:
         super().__init__()
@@ -88,6 +94,7 @@ class DataModule(LightningDataModule):
         self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
         self.seed, self.budget, self.val_samples = seed, budget, val_samples
         self.allow_appended = allow_appended
+        self.cache = Cache(cache_dir, cache_limit_gb)
         self.bad_samples, self.multiprocessing_context = bad_samples, multiprocessing_context
         self.batches = 0  # trained, not merely loaded
         self._train: TrainStream | None = None
@@ -101,7 +108,7 @@ class DataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Index the shards once per node; the other ranks then find the indices."""
         for shards in self._wanted().values():
-            ShardSet(shards)
+            ShardSet(shards, cache=self.cache)
 
     def setup(self, stage: str) -> None:
         assert self.trainer is not None
@@ -115,7 +122,7 @@ class DataModule(LightningDataModule):
             prepare: Prepare = module.prepare(train=True)  # type: ignore[operator]
             sources = []
             for name, source in self.train.items():
-                shards = ShardSet(source["shards"])
+                shards = ShardSet(source["shards"], cache=self.cache)
                 _check_members(shards, prepare, type(module).__name__)
                 sources.append(Source(name, shards, float(source.get("weight", 1.0))))
             self._train = TrainStream(
@@ -128,11 +135,13 @@ class DataModule(LightningDataModule):
                 world=world,
                 bad_samples=bad_samples,
             )
+            for shards, order in zip((source.shards for source in sources), self._train.orders, strict=True):
+                shards.check_cache(self.lanes // self.trainer.num_nodes * (order.window // order.block + 1))
             if self._saved is not None:
                 self._go_on(self._saved)
         if self.val is not None:
             prepare = module.prepare(train=False)  # type: ignore[operator]
-            shards = ShardSet(self.val)
+            shards = ShardSet(self.val, cache=self.cache)
             _check_members(shards, prepare, type(module).__name__)
             self._val = EvalSet(
                 shards,
@@ -232,8 +241,11 @@ class DataModule(LightningDataModule):
             return {}
         assert self.trainer is not None
         if self.trainer.is_global_zero and not self._shards_named:
-            write_shards_file(self._train, self._folder())
             self._shards_named = True
+            try:
+                write_shards_file(self._train, self._folder())
+            except OSError as error:  # it only makes a later error more precise
+                rank_zero_warn(f"cannot write the names of the shards to {self._folder()}: {error.strerror}")
         return {"batches": self.batches, **identity(self._train)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

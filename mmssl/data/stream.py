@@ -56,7 +56,7 @@ class _Samples:
         chosen = index
         while len(bad) < _TRIES:
             sample = shards.read(chosen)
-            name = f"{os.path.basename(sample.shard)}/{sample.key}"
+            name = f"{sample.shard.rpartition('/')[2]}/{sample.key}"
             try:
                 return self.prepare.sample(sample, Draws(*key, chosen), batch), name, bad
             except BadSample as error:
@@ -162,7 +162,8 @@ class TrainStream(IterableDataset[Batch | StreamError]):
             example, name, replaced = self.samples.get(source, index, key, epoch, number, count)
             examples.append(example)
             names.append(name)
-            bad += replaced
+            if replaced:
+                bad += replaced
         batch = self.samples.prepare.collate(examples)
         batch.index, batch.keys, batch.bad = number, names, bad
         return batch
