@@ -221,7 +221,7 @@ def check_header(block: bytes, path: str, own: tuple[str, str], offset: int, siz
 
 def _fits(header: tuple[str, int], own: tuple[str, str], size: int) -> bool:
     name = ".".join(own)
-    long = len(name) > 99 or not name.isascii()  # may stand in an extended header, with anything here
+    long = len(name) > 97 or not name.isascii()  # may stand in an extended header, with anything here
     return (header[1] == size or size >= 8 << 30) and (split_name(header[0]) == own or long)
 
 

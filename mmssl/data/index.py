@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from itertools import chain
 from multiprocessing import current_process, get_all_start_methods, get_context
 from typing import NamedTuple
 
@@ -284,14 +285,18 @@ def _build(
     samples: list[tuple[str, dict[str, Member]]] = []
     open_samples: dict[str, dict[str, Member]] = {}
     for member in members:
-        if _is_hidden(member.name):
-            skipped["hidden"] += 1
-            continue
-        split = split_name(member.name)
-        if split is None:
+        name = member[0]
+        if "/" in name or name[:1] in "._":
+            if _is_hidden(name):
+                skipped["hidden"] += 1
+                continue
+            key, extension = split_name(name) or ("", "")
+        else:  # the same, quicker, for most names
+            key, _, extension = name.partition(".")
+            extension = extension.lower()
+        if not extension:
             skipped["no extension"] += 1
             continue
-        key, extension = split
         sample = open_samples.get(key)
         if sample is None or extension in sample:
             sample = open_samples[key] = {}
@@ -300,22 +305,19 @@ def _build(
     if not samples:
         found = ", ".join(f"{n} x {kind}" for kind, n in skipped.items()) or "nothing"
         raise ShardError(f"shard {path}: holds no sample (found: {found}); names like 000000012.jpg are needed")
-    codes: dict[str, int] = {}
-    for _, sample in samples:
-        for extension in sample:
-            codes.setdefault(extension, len(codes))
-    flat = [(codes[extension], m) for _, sample in samples for extension, m in sample.items()]
+    names = list(chain.from_iterable(sample for _, sample in samples))
+    flat = list(chain.from_iterable(sample.values() for _, sample in samples))
+    codes = {extension: code for code, extension in enumerate(dict.fromkeys(names))}
     keys = [key.encode("utf-8", "surrogateescape") for key, _ in samples]
     arrays = (
         np.cumsum([0, *(len(sample) for _, sample in samples)]),
-        [m.offset for _, m in flat],
-        [m.size for _, m in flat],
-        [code for code, _ in flat],
+        [member[1] for member in flat],
+        [member[2] for member in flat],
+        list(map(codes.__getitem__, names)),
         np.cumsum([0, *map(len, keys)]),
     )
     body = b"".join([*(np.asarray(array, "<i8").tobytes() for array in arrays), *keys])
-    counts = Counter(code for code, _ in flat)
-    extensions = {extension: counts[code] for extension, code in codes.items()}
+    extensions = dict(Counter(names))  # in the order of codes
     digest = hashlib.blake2b(json.dumps(list(codes)).encode() + body, digest_size=16).hexdigest()
     crc = zlib.crc32(body)
     return ShardIndex(

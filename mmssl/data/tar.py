@@ -12,12 +12,18 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+
 BLOCK = 512
-_FAR = 16 << 10  # members below this size lie so close that headers are read in stretches
+_FAR = 16 << 10  # headers that lie closer than this are read together
+_SHORTEST, _LONGEST = 4 << 10, 1 << 20  # of one read, in bytes
+_RUN = 1024  # headers that are checked together
 _STRETCH = 64 << 10
 _LONGEST_NAME = 1 << 20
 _RECORD = 20 * BLOCK  # archives are filled up with zeros to a multiple of this
 _ZERO = bytes(BLOCK)
+_EVEN, _8 = np.uint64(0x00FF00FF00FF00FF), np.uint64(8)
+_OCTAL = 8 ** np.arange(5, -1, -1)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstandard"}
 _SKIPPED = {b"1": "hard link", b"2": "link", b"3": "device", b"4": "device", b"5": "folder", b"6": "pipe"}
 
@@ -57,21 +63,48 @@ class LocalReader:
 
 
 class _Headers:
-    """Header blocks by offset, from few reads."""
+    """Header blocks by offset, from few reads: long ones as long as headers lie close together."""
 
     def __init__(self, reader: Reader) -> None:
-        self._reader, self._start, self._buffer = reader, 0, b""
+        self._reader, self._start, self._buffer, self._length = reader, 0, b"", _SHORTEST
 
     def read(self, offset: int, length: int) -> bytes:
         at = offset - self._start
         if not 0 <= at <= len(self._buffer) - length:
-            self._buffer, self._start, at = self._reader.pread(max(length, BLOCK), offset), offset, 0
+            near = at < len(self._buffer) + _FAR
+            self._length = min(2 * self._length, _LONGEST) if near else _SHORTEST
+            self._buffer, self._start, at = self._reader.pread(max(length, self._length), offset), offset, 0
         return self._buffer[at : at + length]
 
-    def ahead(self, offset: int) -> None:
-        """Read a stretch at once, if the block at ``offset`` is not at hand."""
-        if not 0 <= offset - self._start <= len(self._buffer) - BLOCK:
-            self._buffer, self._start = self._reader.pread(_STRETCH, offset), offset
+    def plain(self, at: int, size: int) -> tuple[list[bytes], list[int], list[int]]:
+        """Blocks from ``at`` on that may be headers of plain files, unchecked: blocks, offsets of content, lengths.
+
+        Ends where something else begins, and after a good number of them.
+        """
+        blocks: list[bytes] = []
+        offsets: list[int] = []
+        lengths: list[int] = []
+        buffer, start = self._buffer, self._start
+        last = len(buffer) - BLOCK
+        while len(blocks) < _RUN:
+            place = at - start
+            if not 0 <= place <= last:
+                if len(self.read(at, BLOCK)) < BLOCK:
+                    break
+                buffer, start, place = self._buffer, self._start, at - self._start
+                last = len(buffer) - BLOCK
+            try:
+                length = int(buffer[place + 124 : place + 135], 8)
+            except ValueError:
+                break
+            at += BLOCK
+            if length < 0 or at + length > size:
+                break
+            blocks.append(buffer[place : place + BLOCK])
+            offsets.append(at)
+            lengths.append(length)
+            at += (length + 511) & -BLOCK
+        return blocks, offsets, lengths
 
 
 def open_shard(path: str) -> int:
@@ -141,6 +174,11 @@ def _members(headers: _Headers, path: str, size: int, skipped: Counter[str]) -> 
     long_size: int | None = None
     pending: set[bytes] = set()  # extended headers that wait for their member
     while True:
+        if not pending:
+            while found := _plain_members(*headers.plain(at, size)):
+                yield from found
+                at = found[-1].offset + -(-found[-1].size // BLOCK) * BLOCK
+        # Whatever is not plain, or not in order: the end, links, extended headers, damage.
         block = headers.read(at, BLOCK)
         if len(block) < BLOCK:
             raise _cut(path, at, size, "a whole header" if block else "the end mark")
@@ -191,9 +229,37 @@ def _members(headers: _Headers, path: str, size: int, skipped: Counter[str]) -> 
                 yield Member(own, begin, length)
             else:
                 skipped[_SKIPPED.get(kind, "folder" if own.endswith("/") else "unknown kind")] += 1
-        if length < _FAR:
-            headers.ahead(following)
         at = following
+
+
+def _plain_members(blocks: list[bytes], offsets: list[int], lengths: list[int]) -> list[Member]:
+    """The members of these headers, up to the first one that is not a plain file's in its usual form, or is damaged.
+
+    Says nothing about that one: many are looked at together here for speed alone, and one by one in ``_members``.
+    """
+    if not blocks:
+        return []
+    rows = np.frombuffer(b"".join(blocks), np.uint8).reshape(-1, BLOCK)
+    # The sum of all bytes, two at a time in the four lanes of 64-bit words: at most 64 x 510 in a lane of 16 bits.
+    words = rows.view("<u8")
+    lanes = ((words & _EVEN) + ((words >> _8) & _EVEN)).sum(1)
+    total = lanes.view("<u2").reshape(-1, 4).sum(1, dtype=np.int64)
+    field = rows[:, 148:156].astype(np.int64)
+    total += 8 * 32 - field.sum(1)  # the field itself counts as blanks
+    digits = field[:, :6] - 48
+    good = (digits @ _OCTAL == total) & ((digits >= 0) & (digits < 8)).all(1) & (field[:, 6] == 0) & (field[:, 7] == 32)
+    length = rows[:, 124:136]
+    good &= ((length[:, :11] >= 48) & (length[:, :11] < 56)).all(1) & ((length[:, 11] == 0) | (length[:, 11] == 32))
+    good &= (rows[:, 156] == 48) | (rows[:, 156] == 0)
+    good &= rows[:, 345] == 0  # no prefix
+    names = np.ascontiguousarray(rows[:, :100])
+    used = names != 0
+    last = used.sum(1) - 1
+    good &= used[:, 0] & ~(used[:, 1:] & ~used[:, :-1]).any(1) & (names[np.arange(len(names)), last] != 47)
+    count = len(good) if good.all() else int(np.argmin(good))
+    raw = b"\0".join(names[:count].view("S100").ravel().tolist())
+    decoded = raw.decode("utf-8", "surrogateescape").split("\0")
+    return list(map(Member._make, zip(decoded, offsets, lengths, strict=False))) if count else []
 
 
 def _sum_is_right(block: bytes) -> bool:
