@@ -29,8 +29,10 @@ def test_help_is_quick_and_lists_everything():
     script = "import sys; from mmssl.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert time.perf_counter() - began < 5  # about 0.2 s alone; importing torch takes several
-    for command in ("fit", "validate", "test", "predict", "report", "tokenizer train", "shards index", "shards check"):
+    for command in ("fit", "validate", "test", "predict", "report", "tokenizer train"):
         assert f"\n  {command} " in done.stdout
+    for command in ("index", "check", "write", "stats"):
+        assert f"\n  shards {command} " in done.stdout
 
 
 def test_version(capsys):

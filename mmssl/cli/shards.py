@@ -9,9 +9,10 @@ from typing import IO, Any
 
 from mmssl.cli.keys import UsageError
 from mmssl.cli.progress import Progress, number, percent, printable, size, table
+from mmssl.data.cache import Cache
 from mmssl.data.index import ShardIndex, index_shard, index_shards
 from mmssl.data.parallel import check_jobs, ordered_map
-from mmssl.data.shards import ShardSet, expand
+from mmssl.data.shards import ShardSet, expand, fingerprint
 from mmssl.data.tar import ShardError
 
 
@@ -58,14 +59,15 @@ def index(shards: list[str], jobs: int | None = None) -> None:
         )
     if errors:
         raise UsageError(f"{len(errors)} of {len(paths)} shards cannot be used; they are named above")
-    total = ShardSet(shards)
-    print(f"{number(len(total.shards))} shards, {number(len(total))} samples, fingerprint {total.fingerprint}")
+    samples = sum(shard.samples for shard in found.values())
+    mark = fingerprint([found[path] for path in paths]).split()[0]
+    print(f"{number(samples)} samples in {number(len(paths))} shards, fingerprint {mark}")
 
 
 def _is_new(shard: ShardIndex, began: int) -> bool:
     try:
         return shard.file is None or os.stat(shard.file).st_mtime_ns >= began
-    except OSError:  # beside a remote shard
+    except OSError:
         return False
 
 
@@ -170,12 +172,13 @@ def stats(
     if samples < 0:
         raise UsageError(f"samples is {samples}; give how many to look at, or 0 for all")
     loaded = None if tokenizer is None else TextTokenizer(tokenizer)
-    data = ShardSet(shards)
-    wanted = min(samples or len(data), len(data))
-    # Starting processes takes longer than reading a few thousand samples.
-    processes = check_jobs(jobs) if jobs is not None or wanted > 20_000 else 1
-    with Progress(wanted, "reading", "samples") as progress:
-        figures = statistics(data, loaded, samples, processes, lambda n: progress.step(by=n))
+    with tempfile.TemporaryDirectory(prefix="mmssl-stats-") as folder:  # what training has cached stays where it is
+        data = ShardSet(shards, cache=Cache(folder, limit_gb=1))
+        wanted = min(samples or len(data), len(data))
+        # Starting processes takes longer than reading a few thousand samples.
+        processes = check_jobs(jobs) if jobs is not None or wanted > 20_000 else 1
+        with Progress(wanted, "reading", "samples") as progress:
+            figures = statistics(data, loaded, samples, processes, lambda n: progress.step(by=n))
     print(_as_json(figures) if json else printable(_as_text(figures)))
 
 
@@ -187,7 +190,7 @@ def _as_text(figures: dict[str, Any]) -> str:
     total = figures["samples"]
     lines = [
         f"{number(figures['shards'])} shards, {number(total)} samples, {size(figures['bytes'])}, "
-        f"{size(figures['bytes_per_sample'])} a sample; fingerprint {figures['fingerprint']}",
+        f"{size(figures['bytes_per_sample'])} a sample; fingerprint {figures['fingerprint'].split()[0]}",
         "",
         table(
             [

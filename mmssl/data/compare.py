@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mmssl.data.inspect import Depth, Finding, ShardReport, check_shard, key_of
+from mmssl.data.index import index_shard
+from mmssl.data.inspect import Depth, Finding, ShardReport, check_shard
 from mmssl.data.parallel import ordered_map
-from mmssl.data.shards import ShardSet
 
 
 def check_shards(
@@ -93,6 +93,6 @@ def _duplicates(reports: list[ShardReport], name: str, problem: str) -> Iterator
 def _named(path: str, places: NDArray[np.int64]) -> Iterator[tuple[int, str]]:
     """Samples' places in a shard with their keys, from its index."""
     if len(places):
-        members = ShardSet([path]).shards[0].members()
+        members = index_shard(path).members()
         for place in places.tolist():
-            yield place, key_of(members.keys, members.key_starts, place)
+            yield place, members.key(place)

@@ -3,9 +3,11 @@
 compare.py looks at all shards together.
 """
 
+import glob
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,9 +15,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mmssl.data.cache import Cache
 from mmssl.data.images import decode_image
 from mmssl.data.index import ShardIndex
 from mmssl.data.members import IMAGE_EXTENSIONS, sample_text
+from mmssl.data.remote import is_remote
 from mmssl.data.shards import ShardSet
 from mmssl.data.tar import BLOCK, ShardError, open_shard, scan
 from mmssl.types import BadSample, Sample
@@ -102,8 +106,13 @@ def check_shard(depth: Depth, path: str) -> ShardReport:
 def _read_all(report: ShardReport, depth: Depth) -> None:
     path = report.path
     offsets = _scan(path)  # anew: a stored index says nothing of what happened to the tar since
-    shards = ShardSet([path])
-    shards.group = 128  # samples fetched at once from a remote store
+    with tempfile.TemporaryDirectory(prefix="mmssl-check-") as folder:  # what training has cached stays where it is
+        shards = ShardSet([path if is_remote(path) else glob.escape(path)], cache=Cache(folder, limit_gb=1))
+        shards.group = 128  # samples fetched at once from a remote store
+        _read_samples(report, shards, offsets, depth)
+
+
+def _read_samples(report: ShardReport, shards: ShardSet, offsets: set[int] | None, depth: Depth) -> None:
     index = shards.shards[0]
     report.samples, report.members, report.bytes = len(shards), sum(index.extensions.values()), index.tar_size
     _look_at_index(report, index, offsets)
@@ -126,7 +135,7 @@ def _read_all(report: ShardReport, depth: Depth) -> None:
 
 def _scan(path: str) -> set[int] | None:
     """Where members lie, from the tar's headers; None for a remote shard, whose headers are checked as they come."""
-    if "://" in path:
+    if is_remote(path):
         return None
     descriptor = open_shard(path)
     try:
@@ -153,7 +162,7 @@ def _look_at_index(report: ShardReport, index: ShardIndex, offsets: set[int] | N
     span = np.maximum.reduceat(members.offsets + members.sizes, starts) - np.minimum.reduceat(members.offsets, starts)
     apart = span > np.add.reduceat(members.sizes, starts) + 4 * BLOCK * np.diff(members.starts)
     if apart.any():
-        key = key_of(members.keys, members.key_starts, int(apart.argmax()))
+        key = members.key(int(apart.argmax()))
         report.findings.append(Finding(path, key, "not_adjacent", f"{int(apart.sum())} samples, this one first"))
 
 
@@ -215,8 +224,3 @@ def _content(sample: Sample) -> bytes:
 
 def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def key_of(keys: bytes | memoryview, starts: NDArray[np.int64], place: int) -> str:
-    begin, end = starts[place : place + 2].tolist()
-    return bytes(keys[begin:end]).decode("utf-8", "surrogateescape")

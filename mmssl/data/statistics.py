@@ -86,6 +86,7 @@ def statistics(
 
 def _look_at(tools: _Tools, chosen: NDArray[np.int64]) -> _Seen:
     seen = _Seen()
+    tools.shards.prefetch(chosen.tolist())
     for index in chosen.tolist():
         sample = tools.shards.read(index)
         image = next((sample.members[name] for name in IMAGE_EXTENSIONS if name in sample.members), None)
