@@ -4,11 +4,13 @@ TrainStream, and the prepare of a real objective."""
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
 import tarfile
 import zlib
+from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +21,10 @@ import torch
 from pairs import TINY, caption, picture
 
 import mmssl
+from mmssl.data.budget import Budget, TooManyBadSamples
+from mmssl.data.loader import Loader
 from mmssl.data.shards import ShardSet
-from mmssl.data.stream import EvalSet, Source, TooManyBadSamples, TrainStream
+from mmssl.data.stream import EvalSet, Source, TrainStream
 from mmssl.data.tar import ShardError
 from mmssl.types import Batch, Prepare
 
@@ -196,7 +200,6 @@ def test_giant_pictures_are_refused_before_they_are_decoded() -> None:
 import resource, sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
 from test_bad_input import BOMBS, PHOTO
-from mmssl.data.images import decode_image
 from mmssl.types import BadSample
 decode_image(PHOTO)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -511,10 +514,35 @@ def test_substitutes_are_the_same_in_every_run_and_counted_by_reason(
     assert torch.equal(first.batch.text.input_ids, second.batch.text.input_ids)
 
 
-def test_where_nothing_is_good_the_shard_and_its_reasons_are_named(tmp_path: Path, prepares: dict[str, Prepare]) -> None:
+def test_where_nothing_is_good_the_shard_and_its_reason_are_named(tmp_path: Path, prepares: dict[str, Prepare]) -> None:
     members = [(f"{i}.{x}", b"<html>" if x == "jpg" else b"text") for i in range(30) for x in ("jpg", "txt")]
-    with pytest.raises(TooManyBadSamples, match=r"16 samples in a row .*; worst shards: .*odd\.tar: 16 x not_"):
+    with pytest.raises(TooManyBadSamples, match=r"16 samples in a row .*; worst shards: .*odd\.tar: 16 x not_an_image"):
         one_epoch(tmp_path, members, prepares["pairs"])
+
+
+def test_over_the_budget_the_run_stops_and_names_the_worst_shard(tmp_path: Path, prepares: dict[str, Prepare]) -> None:
+    members = [
+        (f"{i}.{x}", b"" if x == "txt" and i % 2 else picture(i) if x == "png" else b"a red square")
+        for i in range(40)
+        for x in ("png", "txt")
+    ]
+    shards = ShardSet(
+        [
+            tar(tmp_path / "whole.tar", pairs_with({"png": picture(3), "txt": b"a red square"})),
+            tar(tmp_path / "odd.tar", members),
+        ]
+    )
+    listed = str(tmp_path / "bad_samples.jsonl")
+    data = TrainStream([Source("a", shards)], prepares["pairs"], seed=0, batch_size=10, lanes=1, bad_samples=listed)
+    batches = Loader(data, workers=0, budget=Budget(0.01, listed))
+    with pytest.raises(TooManyBadSamples) as caught:
+        deque(batches, 0)  # endless, but for the error
+    message = str(caught.value)
+    assert re.match(r"1\d of \d+ samples cannot be used, over the budget of 1\.00%; worst shards: ", message)
+    assert f"{tmp_path}/odd.tar: 1" in message
+    assert "whole.tar" not in message
+    assert listed in message
+    assert "\n" not in message
 
 
 def test_in_evaluation_a_substitute_has_no_weight(tmp_path: Path, prepares: dict[str, Prepare]) -> None:
