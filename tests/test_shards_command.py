@@ -121,6 +121,7 @@ def bad_shards() -> dict[tuple[str, str], Counter[str]]:
         "latin": [("jpg", picture(52)), ("txt", b"caf\xe9")],
         "blank": [("jpg", picture(53)), ("txt", b" \n")],
         "nojson": [("jpg", picture(54)), ("txt", b"x"), ("json", b"{'a': 1}")],
+        "zeros": [("jpg", picture(63)), ("txt", b"a\0\0b")],
         "meta": [("jpg", picture(55)), ("txt", b"x"), ("json", b'{"url": "u"}')],
         "fields": [("jpg", picture(56)), ("json", b'{"caption": "in json"}')],
         "nocaption": [("jpg", picture(57)), ("txt", b"x"), ("json", b'{"caption": null}')],
@@ -137,7 +138,7 @@ def bad_shards() -> dict[tuple[str, str], Counter[str]]:
     expected = {
         "cut": ["truncated"], "html": ["not_an_image"], "zero": ["empty_image"], "bomb": ["too_large"],
         "large": ["large_image"], "tiny": ["small_image"], "latin": ["not_utf8"], "blank": ["no_text"],
-        "nojson": ["not_json"], "alone": ["no_text"], "words": ["no_image"],
+        "nojson": ["not_json"], "zeros": ["nul_in_text"], "alone": ["no_text"], "words": ["no_image"],
         "v1": ["nothing_to_train_on", "no_image", "no_text"], "0007": ["duplicate_key"],
         "twice": ["duplicate_key", "no_text"], "photo": ["nothing_to_train_on", "no_image", "no_text"],
         "apart": ["not_adjacent"], "": ["unknown_extension", "not_in_samples", "not_in_samples"],
@@ -163,11 +164,11 @@ def test_check_finds_every_fault(capsys) -> None:
     assert main(["shards", "check", "good.tar", "bad.tar", "--out", "found.jsonl", "--jobs", "1"]) == 1
     said = capsys.readouterr().out
     assert findings("found.jsonl") == expected
-    assert "read 2 shards, 60 samples" in said
+    assert "read 2 shards, 61 samples" in said
     assert "1  truncated            images cut short" in said
     assert "truncated: bad.tar cut: " in said
     assert "duplicate_key: bad.tar 0007: as sample 7 of good.tar" in said
-    assert "no_text: bad.tar alone: has image; 93.3 % of all samples have text" in said
+    assert "no_text: bad.tar alone: has image; 93.4 % of all samples have text" in said
     assert (
         f"{sum(n for problems in expected.values() for problem, n in problems.items() if problem in BAD)} find" in said
     )

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import webdataset
 from PIL import Image
 
 from mmssl.cli import main
@@ -256,6 +257,30 @@ def test_what_img2dataset_laid_into_a_folder_comes_back(tmp_path: Path) -> None:
     assert read("out") == {"000": {"jpg": picture(0), "txt": b"one", "json": b'{"url": "x"}', "cls": b"7"}}
 
 
+def test_webdataset_reads_what_was_written(tmp_path: Path) -> None:
+    source = pairs_in_parquet(tmp_path / "source")
+    assert main(["shards", "write", *source, "--out", "out", "--samples_per_shard", "5", "--jobs", "1"]) == 0
+    found = list(webdataset.WebDataset([f"out/train-{n:06d}.tar" for n in range(3)], shardshuffle=False))
+    assert [sample["__key__"] for sample in found] == [f"{i:09d}" for i in range(PAIRS)]
+    for i, sample in enumerate(found):
+        assert (sample[extension(i)], sample["txt"].decode()) == (encoded(i), caption(i))
+        assert (int(sample["cls"]), "score" in json.loads(sample["json"])) == (i, True)
+
+
+def test_long_and_foreign_names_and_turned_pictures(tmp_path: Path) -> None:
+    folder = tmp_path / ("sehr " * 30) / "ordner"
+    folder.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.open(io.BytesIO(picture(0, (300, 120)))).save(folder / "図 é.jpg", exif=exif)
+    (folder / os.fsdecode(b"\xff.jpg")).write_bytes(picture(1))
+    assert main(["shards", "write", str(tmp_path / ("sehr " * 30)), "--out", "out", "--short_side", "100"]) == 0
+    assert set(read("out")) == {"ordner/図 é", "ordner/_"}
+    with Image.open(io.BytesIO(read("out")["ordner/図 é"]["jpg"])) as image:
+        assert image.size == (100, 250)
+        assert image.getexif().get(0x0112) is None
+
+
 # ---- texts
 
 
@@ -392,11 +417,14 @@ def test_what_cannot_be_used_of_a_folder_and_of_json_lines(tmp_path: Path) -> No
         "gone.jpg": "not_found",
     }
     lines = [b'{"t": "good"}', b"{", b"[1]", b'{"t": "\xff"}', b'{"t": ""}', b'{"u": 1}', b'{"t": [1]}']
-    Path("rows.jsonl").write_bytes(b"\n".join([*lines, b'{"t": "\\ud800"}', b"[" * 100_000]))
+    Path("rows.jsonl").write_bytes(
+        b"\n".join([*lines, b'{"t": "\\ud800"}', b"[" * 100_000, b'{"t": "a\\u0000b"}', b"9" * 5000])
+    )
     assert main(["shards", "write", "rows.jsonl", "--text", "t", "--out", "out2", "--jobs", "1"]) == 0
     assert [members["txt"] for members in read("out2").values()] == [b"good"]
     assert [line["reason"] for line in skipped("out2")] == [
         "not_json", "not_json", "not_utf8", "no_text", "no_text", "no_text", "not_utf8", "not_json",
+        "nul_in_text", "not_json",
     ]  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def check(
             file.write(finding.line() + "\n")
 
     def tell(report: ShardReport) -> None:
-        bad = Counter(finding.problem for finding in report.findings if finding.problem in BAD)
+        bad = Counter(finding.problem for finding in report.findings if finding.problem not in NOTES)
         state = ", ".join(f"{n} x {problem}" for problem, n in bad.most_common()) or "nothing bad"
         progress.step(f"{report.path}: {number(report.samples)} samples, {state}")
 
@@ -128,16 +128,18 @@ def check(
         f"read {number(len(reports))} shards, {number(samples)} samples, {number(members)} members, "
         f"{size(sum(report.bytes for report in reports))}" + ("" if images else "; images were not decoded")
     )
-    for title, kinds in (("bad", BAD), ("notes", NOTES)):
-        told = [problem for problem in kinds if counts[problem]]
+    known = [*BAD, *NOTES]
+    told_bad = sorted((problem for problem in counts if problem not in NOTES), key=[*known, *counts].index)
+    for title, told in (("bad", told_bad), ("notes", [problem for problem in NOTES if counts[problem]])):
         if told:
             print(f"\n{title}")
-            print(table([[f"  {number(counts[problem])}", problem, kinds[problem]] for problem in told], "r"))
+            words = BAD | NOTES
+            print(table([[f"  {number(counts[name])}", name, words.get(name, "")] for name in told], "r"))
             for problem in told:
                 for finding in examples[problem]:
                     key = f" {finding.key}" if finding.key else ""
                     print(printable(f"    {problem}: {finding.shard}{key}: {finding.detail[:200]}"))
-    bad_samples = sum(counts[problem] for problem in BAD)
+    bad_samples = sum(counts[problem] for problem in told_bad)
     if out is not None:
         print(f"\nall findings: {out}")
     if unusable:

@@ -28,7 +28,8 @@ SMALL_SIDE = 64  # pixels of the short side, below which a picture is worth a no
 LARGE_PIXELS = 20_000_000  # pixels, above which decoding takes most of the time
 KNOWN = {*IMAGE_EXTENSIONS, "txt", "json", "cls"}
 
-# What can go wrong, in the words of the summary.  Notes are told, but nothing is lost to them.
+# What can go wrong, in the words of the summary; any other reason for which a sample is bad counts as well.  Notes are
+# told, but nothing is lost to them.
 BAD = {
     "unusable_shard": "shards that cannot be used",
     "empty_image": "images of 0 bytes",
@@ -41,6 +42,7 @@ BAD = {
     "no_json": "samples without .json, where most have one",
     "no_cls": "samples without .cls, where most have one",
     "not_utf8": "texts that are not UTF-8",
+    "nul_in_text": "texts with zero bytes, as a damaged disk leaves them",
     "not_json": "JSON that is none",
     "nothing_to_train_on": "samples with neither image nor text",
     "duplicate_key": "samples whose key an earlier sample has",
@@ -64,7 +66,7 @@ class Finding(NamedTuple):
     detail: str
 
     def line(self) -> str:
-        return json.dumps(self._asdict() | {"bad": self.problem in BAD})
+        return json.dumps(self._asdict() | {"bad": self.problem not in NOTES})
 
 
 @dataclass
@@ -202,10 +204,10 @@ def _has_text(sample: Sample, tell: Callable[[str, str], None]) -> bool:
     fields: object = None
     if "json" in sample.members:
         try:
-            fields = json.loads(sample.members["json"].decode("utf-8"))
+            fields = json.loads(sample.members["json"].decode("utf-8").removeprefix("\ufeff"))
         except UnicodeDecodeError as error:
             tell("not_utf8", f".json: {error}")
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
             tell("not_json", str(error))
     captioned = isinstance(fields, dict) and ("caption" in fields or "text" in fields)
     if "txt" not in sample.members and not captioned:  # fields without a caption are no broken text

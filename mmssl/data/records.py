@@ -141,6 +141,8 @@ def _samples(
         caption = fields.get("caption") or fields.get("text")
         text = caption if isinstance(caption, str) else None
     text = text.strip() if text is not None else None
+    if text and "\0" in text:
+        raise BadSample("nul_in_text", f"at character {text.index(chr(0))} of {len(text)}")
     members: dict[str, bytes] = {}
     if record.image is not None:
         extension, data = _image(preparation, record.image, notes)
