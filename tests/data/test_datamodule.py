@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -306,6 +307,37 @@ torch.save((module.seen, module.validated), {str(tmp_path)!r} + f"/rank{{made.gl
     data = DataModule(texts, batch_size=8, num_workers=0)
     trainer(tmp_path, max_steps=6).fit(again, data, ckpt_path=str(tmp_path / "two.ckpt"))
     assert [index for index, _, _ in again.seen] == [4, 5]
+
+
+def test_too_many_bad_samples_stop_all_ranks_at_one_step(tmp_path: Path, tokenizer_path: str) -> None:
+    """One in eight is bad; whatever each rank has met of them, both stop, with one message, and none waits for ever."""
+    with TarWriter(str(tmp_path / "a.tar")) as writer:
+        for i in range(64):
+            writer.write({"__key__": f"{i:06d}", "txt": b"" if i % 8 == 3 else f"a red square {i}".encode()})
+    (tmp_path / "run.py").write_text(f"""
+import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parent.parent)!r}]
+from test_datamodule import *
+from pairs import TINY
+import mmssl
+from mmssl.data.budget import TooManyBadSamples
+module = mmssl.MLM({tokenizer_path!r}, "vit_tiny_patch16_224", TINY, max_tokens=32)
+made = trainer(Path({str(tmp_path)!r}), max_steps=50, devices=2, strategy="ddp", log_every_n_steps=2)
+try:
+    made.fit(module, mmssl.DataModule({str(tmp_path / "a.tar")!r}, batch_size=16, num_workers=1))
+except TooManyBadSamples as error:
+    print(f"<rank {{made.global_rank}}: {{made.global_step}}: {{error}}>", flush=True)
+    raise
+""")
+    ended = subprocess.run(
+        [sys.executable, str(tmp_path / "run.py")], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert ended.returncode != 0
+    told = sorted(set(re.findall(r"<rank (\d): (\d+): (.*?)>", ended.stdout)))
+    assert [rank for rank, _, _ in told] == ["0", "1"], ended.stderr[-3000:]
+    assert told[0][1:] == told[1][1:]
+    assert re.match(
+        r"\d+ of \d+ samples cannot be used, over the budget of 1\.00%; worst shards: .*a\.tar: ", told[0][2]
+    )
 
 
 @pytest.mark.parametrize(
