@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any, NotRequired, TypedDict
 
 from lightning import LightningDataModule
@@ -11,12 +12,12 @@ from mmssl.data.budget import Budget
 from mmssl.data.cache import Cache
 from mmssl.data.identity import histories, identity, write_shards_file
 from mmssl.data.loader import Loader, StartMethod, default_workers, leave_cores
-from mmssl.data.members import missing, sample_text
+from mmssl.data.members import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, missing, sample_text
 from mmssl.data.order import check_world, choose_lanes
 from mmssl.data.shards import ShardSet
 from mmssl.data.stream import EvalSet, Source, TrainStream
 from mmssl.data.tar import ShardError
-from mmssl.types import BadSample, Batch, Prepare
+from mmssl.types import BadSample, Batch, Prepare, Sample
 
 
 class SourceConfig(TypedDict):
@@ -285,15 +286,23 @@ def _check_members(shards: ShardSet, prepare: Prepare, objective: str) -> None:
                 f"{objective} needs {' and '.join(prepare.needs)} in every sample"
             )
     if "text" in prepare.needs and "txt" not in shards.shards[0].extensions:
-        sample = shards.read(0)
-        try:
-            sample_text(sample)
-        except BadSample as error:
+        errors = list(takewhile(bool, map(_text_error, map(shards.read, range(min(8, len(shards)))))))
+        if len(errors) == min(8, len(shards)):  # a single bad sample is the stream's business
             raise ShardError(
-                f"shard {sample.shard}: has no .txt, and sample {sample.key} no caption in its json ({error}); "
-                f"{objective} needs text in every sample"
-            ) from None
+                f"shard {shards.shards[0].path}: has no .txt, and {errors[0]}; {objective} needs text in every sample"
+            )
     skipped = {kind: n for kind, n in shards.skipped.items() if kind != "folder"}
+    for extension, n in shards.extensions.items():
+        if extension.rpartition(".")[2] in {*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS} and "." in extension:
+            skipped[f".{extension} (a key ends at the first dot of a name)"] = n
     if skipped:
         found = ", ".join(f"{n} x {kind}" for kind, n in skipped.items())
         rank_zero_warn(f"{shards.shards[0].path} and the shards after it: members that are not read: {found}")
+
+
+def _text_error(sample: Sample) -> str:
+    try:
+        sample_text(sample)
+    except BadSample as error:
+        return f"sample {sample.key} no caption in its json ({error})"
+    return ""

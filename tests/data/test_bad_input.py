@@ -22,6 +22,7 @@ from pairs import TINY, caption, picture
 
 import mmssl
 from mmssl.data.budget import Budget, TooManyBadSamples
+from mmssl.data.datamodule import DataModule
 from mmssl.data.loader import Loader
 from mmssl.data.shards import ShardSet
 from mmssl.data.stream import EvalSet, Source, TrainStream
@@ -434,21 +435,34 @@ def test_keys_and_members_of_every_kind(tmp_path: Path, prepares: dict[str, Prep
 
 
 def test_all_keys_with_dots_are_refused_with_the_extensions_found(tmp_path: Path, tokenizer_path: str) -> None:
-    from mmssl.data.datamodule import DataModule
-
     path = tar(tmp_path / "dots.tar", [(f"img.{i}.{x}", b"?") for i in range(3) for x in ("jpg", "txt")])
     with pytest.raises(ShardError, match=r"dots\.tar: has no image and no text \(found: 0\.jpg, 0\.txt, 1\.jpg"):
         _fit(DataModule(path, batch_size=1, num_workers=0), tmp_path, tokenizer_path)
 
 
 def test_images_alone_where_pairs_are_needed(tmp_path: Path, tokenizer_path: str) -> None:
-    from mmssl.data.datamodule import DataModule
-
     whole = tar(tmp_path / "a.tar", pairs_with({}))
     alone = tar(tmp_path / "b.tar", [(f"{i}.png", picture(i)) for i in range(4)])
     with pytest.raises(ShardError, match=r"b\.tar: has no text \(found: png\); MMM needs image and text") as caught:
         _fit(DataModule([whole, alone], batch_size=4, num_workers=0), tmp_path, tokenizer_path)
     assert "\n" not in str(caught.value)
+
+
+def test_keys_that_dots_make_one_are_told(tmp_path: Path, tokenizer_path: str) -> None:
+    """The members of a.v2 belong to sample a, where nobody reads them."""
+    members = [*pairs_with({}), ("000000.v2.png", picture(0)), ("000000.v2.txt", b"x"), ("README", b"x")]
+    data = DataModule(tar(tmp_path / "a.tar", members), batch_size=4, num_workers=0)
+    told = r"not read: 1 x no extension, 1 x \.v2\.png \(a key ends at the first dot of a name\), 1 x \.v2\.txt"
+    with pytest.warns(UserWarning, match=told):
+        _fit(data, tmp_path, tokenizer_path)
+
+
+def test_one_bad_json_at_the_beginning_stops_no_run(tmp_path: Path, tokenizer_path: str) -> None:
+    members = [(f"{i}.png", picture(i)) for i in range(10)]
+    members += [(f"{i}.json", json.dumps({"caption": caption(i)}).encode() if i else b"{}") for i in range(10)]
+    _fit(DataModule(tar(tmp_path / "a.tar", members), batch_size=10, num_workers=0), tmp_path, tokenizer_path)
+    lines = (tmp_path / "bad_samples.jsonl").read_text().splitlines()
+    assert {(line["key"], line["reason"]) for line in map(json.loads, lines)} == {("0", "no_text")}
 
 
 def _fit(data: Any, folder: Path, tokenizer: str) -> None:
