@@ -208,6 +208,7 @@ def test_crop_resizes_as_torchvision_and_flips_half() -> None:
         assert (got.int() - (expected.flip(-1) if flipped else expected).int()).abs().max() <= 1
     assert 70 < flips < 130
     assert torch.equal(cropped(image, crop, Draws(5)), cropped(image, crop, Draws(5)))
+    assert got.stride() == (1, 3 * 32, 3)  # as stack wants it
 
 
 def test_a_crop_that_covers_the_picture_changes_nothing() -> None:
