@@ -1,9 +1,9 @@
 """Pictures like photographs, made without any: for benchmarks, where only the JPEG's size and statistics count.
 
 The dead-leaves model (Lee, Mumford and Huang 2001): shapes of all sizes cover each other, which gives the edges and
-the power spectrum of natural scenes; texture of several scales lies over them, and the sensor's noise.  At quality 85 to
-90 with 4:2:0 colour a picture of 375 to 512 pixels a side takes 33 to 65 KB, 46 on average.  The three photographs in the
-packages scikit-learn and matplotlib, encoded alike, would take 29, 48 and 63 KB at the average of these sizes.
+the power spectrum of natural scenes; texture of several scales lies over them, and the sensor's noise.  At quality 85
+to 90 with 4:2:0 colour a picture of 375 to 512 pixels a side takes 33 to 72 KB, 49 on average.  The three photographs
+inside scikit-learn and matplotlib, encoded alike, would take 29, 48 and 63 KB at the average of these sizes.
 """
 
 import io

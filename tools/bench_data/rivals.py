@@ -101,13 +101,17 @@ class FloatImages:
     def collate(self, examples: list[Any], valid: list[bool] | None = None) -> Batch:
         batch = self.image.collate(examples, valid)
         assert batch.image is not None
-        floats = batch.image.pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        floats.sub_(_column(MEAN)).div_(_column(STD))
-        return replace(batch, image=replace(batch.image, pixels=floats))
+        return replace(batch, image=replace(batch.image, pixels=normalise(batch.image.pixels)))
 
 
-def _column(values: tuple[float, ...]) -> Tensor:
-    return 255 * torch.tensor(values).view(-1, 1, 1)
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] to float32, both channels-last: picture by picture, the fastest of five ways tried."""
+    rows = pixels.permute(0, 2, 3, 1).flatten(2)  # [B, H, W * 3]
+    mean, std = (255 * torch.tensor(values).repeat(pixels.shape[3]) for values in (MEAN, STD))
+    floats = torch.empty(rows.shape)
+    for row, made in zip(rows, floats, strict=True):
+        made.copy_(row).mul_(1 / std).sub_(mean / std)
+    return floats.view(len(pixels), *pixels.shape[2:], 3).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ class _Drawn:
 
 
 def bare_loop(shards: list[str], batch: int, side: int, scale: tuple[float, float], most: int) -> Iterator[int]:
-    """Decode, crop and resize bytes that lie in memory, with boxes drawn beforehand; nothing is read, drawn, stacked."""
+    """Decode, crop and resize bytes that lie in memory, boxes drawn beforehand; nothing is read, drawn, stacked."""
     samples = ShardSet(shards)
     crop, work = RandomResizedCrop(side, scale), []
     for number in random.Random(0).sample(range(len(samples)), min(most, len(samples))):
