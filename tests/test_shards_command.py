@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_shards_write import picture
+from written import picture
 
 from mmssl.cli import main
 from mmssl.cli.progress import printable, size, table
@@ -122,6 +122,7 @@ def bad_shards() -> dict[tuple[str, str], Counter[str]]:
         "blank": [("jpg", picture(53)), ("txt", b" \n")],
         "nojson": [("jpg", picture(54)), ("txt", b"x"), ("json", b"{'a': 1}")],
         "zeros": [("jpg", picture(63)), ("txt", b"a\0\0b")],
+        "essay": [("jpg", picture(64)), ("txt", b"word " * 30_000)],
         "meta": [("jpg", picture(55)), ("txt", b"x"), ("json", b'{"url": "u"}')],
         "fields": [("jpg", picture(56)), ("json", b'{"caption": "in json"}')],
         "nocaption": [("jpg", picture(57)), ("txt", b"x"), ("json", b'{"caption": null}')],
@@ -138,7 +139,8 @@ def bad_shards() -> dict[tuple[str, str], Counter[str]]:
     expected = {
         "cut": ["truncated"], "html": ["not_an_image"], "zero": ["empty_image"], "bomb": ["too_large"],
         "large": ["large_image"], "tiny": ["small_image"], "latin": ["not_utf8"], "blank": ["no_text"],
-        "nojson": ["not_json"], "zeros": ["nul_in_text"], "alone": ["no_text"], "words": ["no_image"],
+        "nojson": ["not_json"], "zeros": ["nul_in_text"], "essay": ["long_text"],
+        "alone": ["no_text"], "words": ["no_image"],
         "v1": ["nothing_to_train_on", "no_image", "no_text"], "0007": ["duplicate_key"],
         "twice": ["duplicate_key", "no_text"], "photo": ["nothing_to_train_on", "no_image", "no_text"],
         "apart": ["not_adjacent"], "": ["unknown_extension", "not_in_samples", "not_in_samples"],
@@ -164,11 +166,11 @@ def test_check_finds_every_fault(capsys) -> None:
     assert main(["shards", "check", "good.tar", "bad.tar", "--out", "found.jsonl", "--jobs", "1"]) == 1
     said = capsys.readouterr().out
     assert findings("found.jsonl") == expected
-    assert "read 2 shards, 61 samples" in said
+    assert "read 2 shards, 62 samples" in said
     assert "1  truncated            images cut short" in said
     assert "truncated: bad.tar cut: " in said
     assert "duplicate_key: bad.tar 0007: as sample 7 of good.tar" in said
-    assert "no_text: bad.tar alone: has image; 93.4 % of all samples have text" in said
+    assert "no_text: bad.tar alone: has image; 93.5 % of all samples have text" in said
     assert (
         f"{sum(n for problems in expected.values() for problem, n in problems.items() if problem in BAD)} find" in said
     )

@@ -128,6 +128,12 @@ def check(
         f"read {number(len(reports))} shards, {number(samples)} samples, {number(members)} members, "
         f"{size(sum(report.bytes for report in reports))}" + ("" if images else "; images were not decoded")
     )
+    if whole := [report for report in reports if report.usable]:
+        samples_of, bytes_of = sorted(report.samples for report in whole), sorted(report.bytes for report in whole)
+        print(
+            f"a shard has {number(samples_of[0])} to {number(samples_of[-1])} samples, "
+            f"{size(bytes_of[0])} to {size(bytes_of[-1])}"
+        )
     known = [*BAD, *NOTES]
     told_bad = sorted((problem for problem in counts if problem not in NOTES), key=[*known, *counts].index)
     for title, told in (("bad", told_bad), ("notes", [problem for problem in NOTES if counts[problem]])):

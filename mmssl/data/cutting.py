@@ -30,7 +30,7 @@ def cut_text(text: str, max_words: int) -> list[str]:
         last = first + max_words  # the word that begins the next piece
         for stop in range(last, first + max_words // 2, -1):
             between = text[words[stop - 1].end() : words[stop].start()]
-            if _SENTENCE_END.search(words[stop - 1].group()) or between.count("\n") > 1:
+            if _SENTENCE_END.search(words[stop - 1].group()[-20:]) or between.count("\n") > 1:
                 last = stop
                 break
         pieces.append(text[words[first].start() : words[last - 1].end()])

@@ -26,6 +26,7 @@ from mmssl.types import BadSample, Sample
 
 SMALL_SIDE = 64  # pixels of the short side, below which a picture is worth a note
 LARGE_PIXELS = 20_000_000  # pixels, above which decoding takes most of the time
+LONG_TEXT = 100_000  # characters, above which nearly all of a text is cut off: cut documents into pieces
 KNOWN = {*IMAGE_EXTENSIONS, "txt", "json", "cls"}
 
 # What can go wrong, in the words of the summary; any other reason for which a sample is bad counts as well.  Notes are
@@ -51,6 +52,7 @@ NOTES = {
     "duplicate_content": "samples whose content an earlier sample has",
     "small_image": f"images with a short side below {SMALL_SIDE} pixels",
     "large_image": f"images above {LARGE_PIXELS // 1_000_000} megapixels",
+    "long_text": f"texts above {LONG_TEXT:,} characters",
     "unknown_extension": "shards with extensions that training does not read",
     "not_in_samples": "shards with members that belong to no sample",
     "not_adjacent": "shards with samples whose members lie apart, which is slow to read",
@@ -213,9 +215,12 @@ def _has_text(sample: Sample, tell: Callable[[str, str], None]) -> bool:
     if "txt" not in sample.members and not captioned:  # fields without a caption are no broken text
         return False
     try:
-        sample_text(sample)
+        length = len(sample_text(sample))
     except BadSample as bad:
         tell(bad.reason, bad.detail)
+    else:
+        if length > LONG_TEXT:
+            tell("long_text", f"{length} characters")
     return True
 
 

@@ -1,8 +1,10 @@
 """Records, from which shards are written, and how a record becomes samples."""
 
+import errno
 import io
 import json
 import os
+import stat
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -55,10 +57,17 @@ def safe_key(name: str) -> str:
     return "/".join(parts)
 
 
+def read_bytes(path: str) -> bytes:
+    """A regular file's content.  Raises OSError, also for a device or a pipe, which might never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", path)
+    with open(path, "rb") as file:
+        return file.read()
+
+
 def read_text(path: str) -> str:
     """A file's text.  Raises OSError and UnicodeDecodeError."""
-    with open(path, "rb") as file:
-        return file.read().decode("utf-8-sig")
+    return read_bytes(path).decode("utf-8-sig")
 
 
 def read_fields(path: str) -> dict[str, Any]:
@@ -177,8 +186,7 @@ def _samples(
 def _image(preparation: Preparation, source: str | bytes, notes: list[str]) -> tuple[str, bytes]:
     """(extension, bytes) of a picture that was decoded whole, so that only good ones are written."""
     if isinstance(source, str):
-        with open(source, "rb") as file:
-            source = file.read()
+        source = read_bytes(source)
     side = preparation.short_side
     pixels = decode_image(source, *([_MAX_PIXELS] if side is not None else [])).permute(1, 2, 0).numpy()  # [H, W, 3]
     height, width = pixels.shape[:2]

@@ -137,8 +137,16 @@ def _json_row(line: bytes) -> Row:
 
 def _parquet(path: str) -> Iterator[tuple[int, Row]]:
     file = _open_parquet(path)
+    batches = file.iter_batches(batch_size=_ROWS)
     number = 0
-    for batch in file.iter_batches(batch_size=_ROWS):
+    while True:
+        try:
+            batch = next(batches, None)
+        except (OSError, ValueError) as error:  # what pyarrow's own exceptions are
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"source {path}: damaged behind row {number} ({reason}); restore it") from None
+        if batch is None:
+            return
         for row in batch.to_pylist():
             number += 1
             yield number, row
