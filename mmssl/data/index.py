@@ -10,7 +10,6 @@ and names without a dot are skipped and counted.
 """
 
 import hashlib
-import io
 import json
 import os
 import signal
@@ -34,6 +33,7 @@ from mmssl.data.remote import RemoteReader, Stat, beside, fetch, is_remote, put,
 from mmssl.data.tar import BLOCK, Member, ShardError, open_shard, scan
 
 _MAGIC = b"mmsslix1"
+_LONGEST_HEAD = 16 << 20
 _START = struct.Struct("<8sII")  # magic, length and CRC-32 of the JSON that follows
 
 
@@ -169,7 +169,8 @@ def _side_by_side(
     work: Callable[[str], ShardIndex | None], paths: Sequence[str], numbers: list[int], jobs: int, kind: str
 ) -> Iterator[tuple[int, ShardIndex | None]]:
     """(number, result) of some of the paths, as they are ready.  Of several errors the first shard's is raised."""
-    size = 64 if kind == "stored" else 1  # results that come at once are handed over in chunks
+    # Handed over in chunks where results come at once, or shards are very many.
+    size = 64 if kind == "stored" else min(16, max(1, len(numbers) // (100 * jobs)))
     chunks = [numbers[at : at + size] for at in range(0, len(numbers), size)]
     if min(jobs, len(chunks)) < 2:
         for number in numbers:
@@ -220,7 +221,7 @@ def _known(path: str) -> ShardIndex | None:
         tar = os.stat(path)
     except OSError:  # told in full when the shard is opened
         return None
-    for place in (path + ".idx", _cache_place(os.path.realpath(path))):
+    for place in _places(path):
         found = _load(path, place)
         if found is not None and (found.tar_size, found.tar_mtime) == (tar.st_size, tar.st_mtime_ns):
             return found
@@ -235,10 +236,13 @@ def _index_local(path: str) -> ShardIndex:
     finally:
         os.close(fd)
     index = _build(path, members, skipped, tar.st_size, tar.st_mtime_ns)
-    for place in (path + ".idx", _cache_place(os.path.realpath(path))):
-        if _store(index, place):
-            return _load(path, place) or index
-    return index
+    return next(filter(None, (_store(index, place) for place in _places(path))), index)
+
+
+def _places(path: str) -> Iterator[str]:
+    """Where the index of a local shard may lie."""
+    yield path + ".idx"
+    yield _cache_place(os.path.realpath(path))
 
 
 def _index_remote(url: str) -> ShardIndex:
@@ -252,7 +256,7 @@ def _index_remote(url: str) -> ShardIndex:
         members, skipped = scan(RemoteReader(url, now), url)
         index = _build(url, members, skipped, now.size, now.mtime, now.version)
         put(beside(url, ".idx"), _bytes(index))
-    return (_load(url, place) if _store(index, place) else None) or index
+    return _store(index, place) or index
 
 
 def _sidecar(url: str, now: Stat) -> ShardIndex | None:
@@ -263,7 +267,7 @@ def _sidecar(url: str, now: Stat) -> ShardIndex | None:
         data = fetch(place, 0, there.size, there)
     except ShardError:  # not there, or a store that hides what is not there
         return None
-    index = _parse(url, io.BytesIO(data), None)
+    index = _parse(url, data, len(data), None)
     if index is None or index.tar_size != now.size:
         return None
     if index.version != now.version or not now.version:
@@ -344,50 +348,57 @@ def _bytes(index: ShardIndex) -> bytes:
     return _START.pack(_MAGIC, len(head), zlib.crc32(head)) + head + index.body
 
 
-def _store(index: ShardIndex, place: str) -> bool:
-    """Write an index whole or not at all; False where that is not possible."""
+def _store(index: ShardIndex, place: str) -> ShardIndex | None:
+    """Write an index whole or not at all; None where that is not possible."""
     temporary = None
+    data = _bytes(index)
     try:
         os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
         fd, temporary = tempfile.mkstemp(prefix=".idx-", dir=os.path.dirname(place) or ".")
         with os.fdopen(fd, "wb") as file:
-            file.write(_bytes(index))
+            file.write(data)
         os.chmod(temporary, 0o644)
         os.replace(temporary, place)
     except OSError:  # no right to write, a full disk: the next place is tried, and memory is always there
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
-        return False
-    return True
+        return None
+    return replace(index, file=place, body=None, body_start=len(data) - index.body_size)
 
 
 def _load(path: str, place: str) -> ShardIndex | None:
     """A stored index, or None if there is none that is whole."""
     try:
-        with open(place, "rb") as file:
-            return _parse(path, file, place)
+        fd = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
-
-
-def _parse(path: str, file: io.BufferedReader | io.BytesIO, place: str | None) -> ShardIndex | None:
-    start = file.read(_START.size)
-    if len(start) < _START.size:
+    try:
+        data = os.read(fd, 4096)  # nearly always the whole head
+        if len(data) >= _START.size and (end := _START.size + _START.unpack_from(data)[1]) > len(data):
+            data = os.pread(fd, min(end, _LONGEST_HEAD), 0)
+        return _parse(path, data, os.fstat(fd).st_size, place)
+    except OSError:
         return None
-    magic, length, crc = _START.unpack(start)
-    head = file.read(length) if magic == _MAGIC and length < 1 << 24 else b""
-    if not head or zlib.crc32(head) != crc:
+    finally:
+        os.close(fd)
+
+
+def _parse(path: str, data: bytes, size: int, place: str | None) -> ShardIndex | None:
+    """An index of ``size`` bytes from its beginning, which holds the head."""
+    if len(data) < _START.size:
+        return None
+    magic, length, crc = _START.unpack_from(data)
+    body_start = _START.size + length
+    head = data[_START.size : body_start]
+    if magic != _MAGIC or not length == len(head) > 0 or zlib.crc32(head) != crc:
         return None
     try:
         values = {"version": "", **json.loads(head)}  # older files do not know versions
     except (ValueError, TypeError, RecursionError):
         return None
-    body_start = file.tell()
     if any(not isinstance(values.get(name), kind) for name, kind in _STORED.items()):
         return None
     counts = [values["samples"], len(values["extensions"]), *values["extensions"].values(), *values["skipped"].values()]
-    if not all(isinstance(n, int) and n > 0 for n in counts):
-        return None
-    if body_start + values["body_size"] != file.seek(0, os.SEEK_END):
+    if not all(isinstance(n, int) and n > 0 for n in counts) or body_start + values["body_size"] != size:
         return None
     return ShardIndex(path=path, file=place, body_start=body_start, **{name: values[name] for name in _STORED})

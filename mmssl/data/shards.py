@@ -72,6 +72,16 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     return paths
 
 
+def _real(path: str, folders: dict[str, str]) -> str:
+    """As os.path.realpath, but quick for very many files of few folders."""
+    if os.path.islink(path):
+        return os.path.realpath(path)
+    folder, name = os.path.split(path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    return os.path.join(folders[folder], name)
+
+
 def _local(pattern: str) -> str:
     return os.path.expanduser(re.sub("^file:(//)?", "", pattern, flags=re.IGNORECASE))
 

@@ -6,10 +6,12 @@ end mark is looked for, so that a cut or damaged archive is refused and never sh
 
 import errno
 import os
+import re
 import stat
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from itertools import compress
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,6 +24,7 @@ _STRETCH = 64 << 10
 _LONGEST_NAME = 1 << 20
 _RECORD = 20 * BLOCK  # archives are filled up with zeros to a multiple of this
 _ZERO = bytes(BLOCK)
+_TIME = re.compile(rb"(\d{1,3}) [amc]time=\d{1,20}(?:\.\d{1,20})?\n")
 _OCTAL = 8 ** np.arange(5, -1, -1)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstandard"}
 _SKIPPED = {b"1": "hard link", b"2": "link", b"3": "device", b"4": "device", b"5": "folder", b"6": "pipe"}
@@ -66,6 +69,7 @@ class _Headers:
 
     def __init__(self, reader: Reader) -> None:
         self._reader, self._start, self._buffer, self._length = reader, 0, b"", _SHORTEST
+        self.run = 2
 
     def read(self, offset: int, length: int) -> bytes:
         at = offset - self._start
@@ -76,34 +80,56 @@ class _Headers:
         return self._buffer[at : at + length]
 
     def plain(self, at: int, size: int) -> tuple[list[bytes], list[int], list[int]]:
-        """Blocks from ``at`` on that may be headers of plain files, unchecked: blocks, offsets of content, lengths.
+        """Blocks from ``at`` on that may be headers of plain files, with an extended header that gives times or none.
 
-        Ends where something else begins, and after a good number of them.
+        They are unchecked: blocks, offsets of content, lengths.  Ends where something else begins, and after as many
+        as were good lately.
         """
         blocks: list[bytes] = []
         offsets: list[int] = []
         lengths: list[int] = []
-        buffer, start = self._buffer, self._start
-        last = len(buffer) - BLOCK
-        while len(blocks) < _RUN:
+        buffer, start, extended = self._buffer, self._start, False
+        while len(blocks) < self.run:
             place = at - start
-            if not 0 <= place <= last:
-                if len(self.read(at, BLOCK)) < BLOCK:
+            if not 0 <= place <= len(buffer) - 2 * BLOCK:
+                if len(self.read(at, 2 * BLOCK)) < 2 * BLOCK:
                     break
                 buffer, start, place = self._buffer, self._start, at - self._start
-                last = len(buffer) - BLOCK
             try:
                 length = int(buffer[place + 124 : place + 135], 8)
             except ValueError:
                 break
+            kind = buffer[place + 156]
             at += BLOCK
             if length < 0 or at + length > size:
+                break
+            if kind == 120 and not extended and _only_times(buffer[place + BLOCK : place + 2 * BLOCK], length):
+                extended = True
+            elif kind in (48, 0):
+                extended = False
+            else:
                 break
             blocks.append(buffer[place : place + BLOCK])
             offsets.append(at)
             lengths.append(length)
             at += (length + 511) & -BLOCK
         return blocks, offsets, lengths
+
+    def members(self, at: int, size: int) -> list[Member]:
+        """Members from ``at`` on whose headers are in the usual form and right; none if the next one is not."""
+        blocks, offsets, lengths = self.plain(at, size)
+        if not blocks:
+            return []
+        found, all_good = _plain_members(blocks, offsets, lengths)
+        # What follows a bad one was read in vain, so after it one looks less far.
+        self.run = min(2 * self.run, _RUN) if all_good else 2
+        return found
+
+
+def _only_times(content: bytes, length: int) -> bool:
+    """Whether an extended header holds one record and this a time, as webdataset and img2dataset write it."""
+    record = _TIME.match(content)
+    return record is not None and record.end() == length == int(record[1]) and content.count(0) == BLOCK - length
 
 
 def open_shard(path: str) -> int:
@@ -174,7 +200,7 @@ def _members(headers: _Headers, path: str, size: int, skipped: Counter[str]) -> 
     pending: set[bytes] = set()  # extended headers that wait for their member
     while True:
         if not pending:
-            while found := _plain_members(*headers.plain(at, size)):
+            while found := headers.members(at, size):
                 yield from found
                 at = found[-1].offset + -(-found[-1].size // BLOCK) * BLOCK
         # Whatever is not plain, or not in order: the end, links, extended headers, damage.
@@ -231,13 +257,11 @@ def _members(headers: _Headers, path: str, size: int, skipped: Counter[str]) -> 
         at = following
 
 
-def _plain_members(blocks: list[bytes], offsets: list[int], lengths: list[int]) -> list[Member]:
-    """The members of these headers, up to the first one that is not a plain file's in its usual form, or is damaged.
+def _plain_members(blocks: list[bytes], offsets: list[int], lengths: list[int]) -> tuple[list[Member], bool]:
+    """The members of these headers up to the first that is not in the usual form, or is damaged; whether all are good.
 
     Says nothing about that one: many are looked at together here for speed alone, and one by one in ``_members``.
     """
-    if not blocks:
-        return []
     rows = np.frombuffer(b"".join(blocks), np.uint8).reshape(-1, BLOCK)
     total = rows.sum(1, dtype=np.uint32).astype(np.int64)
     field = rows[:, 148:156].astype(np.int64)
@@ -246,7 +270,6 @@ def _plain_members(blocks: list[bytes], offsets: list[int], lengths: list[int]) 
     good = (digits @ _OCTAL == total) & ((digits >= 0) & (digits < 8)).all(1) & (field[:, 6] == 0) & (field[:, 7] == 32)
     length = rows[:, 124:136]
     good &= ((length[:, :11] >= 48) & (length[:, :11] < 56)).all(1) & ((length[:, 11] == 0) | (length[:, 11] == 32))
-    good &= (rows[:, 156] == 48) | (rows[:, 156] == 0)
     good &= rows[:, 345] == 0  # no prefix
     names = np.ascontiguousarray(rows[:, :100])
     used = names != 0
@@ -255,7 +278,11 @@ def _plain_members(blocks: list[bytes], offsets: list[int], lengths: list[int]) 
     count = len(good) if good.all() else int(np.argmin(good))
     raw = b"\0".join(names[:count].view("S100").ravel().tolist())
     decoded = raw.decode("utf-8", "surrogateescape").split("\0")
-    return list(map(Member._make, zip(decoded, offsets, lengths, strict=False))) if count else []
+    found = list(map(Member._make, zip(decoded, offsets, lengths, strict=False))) if count else []
+    extended = rows[:count, 156] == 120
+    if extended.any():  # an extended header belongs to the member behind it
+        found = list(compress(found, (~extended).tolist()))
+    return found, count == len(good)
 
 
 def _sum_is_right(block: bytes) -> bool:
