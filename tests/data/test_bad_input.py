@@ -434,6 +434,19 @@ def test_keys_and_members_of_every_kind(tmp_path: Path, prepares: dict[str, Prep
     assert [m["png"] for m in again] == [image, picture(1)]
 
 
+@pytest.mark.parametrize("key", ["two\nlines", 'quo"te', "not utf-8 \udcff", "x" * 300, "a b/c d/e f", "ü\u202e"])
+def test_any_key_can_be_named_in_the_file(key: str, tmp_path: Path, prepares: dict[str, Prepare]) -> None:
+    members = [*pairs_with({"png": picture(3), "txt": b"a red square"}), (f"{key}.png", b"no"), (f"{key}.txt", b"x")]
+    outcome = one_epoch(tmp_path, members, prepares["pairs"])
+    (line,) = outcome.lines
+    assert (line["key"], line["reason"]) == (key, "not_an_image")
+
+
+def test_a_txt_counts_even_beside_a_better_json(tmp_path: Path, prepares: dict[str, Prepare]) -> None:
+    odd = {"png": picture(3), "json": b'{"caption": "a red square"}', "txt": b" "}
+    check_bad(one_epoch(tmp_path, pairs_with(odd), prepares["pairs"]), tmp_path / "odd.tar", "no_text")
+
+
 def test_all_keys_with_dots_are_refused_with_the_extensions_found(tmp_path: Path, tokenizer_path: str) -> None:
     path = tar(tmp_path / "dots.tar", [(f"img.{i}.{x}", b"?") for i in range(3) for x in ("jpg", "txt")])
     with pytest.raises(ShardError, match=r"dots\.tar: has no image and no text \(found: 0\.jpg, 0\.txt, 1\.jpg"):
