@@ -18,7 +18,7 @@ import numpy as np
 
 BLOCK = 512
 _FAR = 16 << 10  # headers that lie closer than this are read together
-_SHORTEST, _LONGEST = 4 << 10, 1 << 20  # of one read, in bytes
+_SHORTEST, _LONGEST = 8 << 10, 1 << 20  # of one read, in bytes
 _RUN = 1024  # headers that are checked together
 _STRETCH = 64 << 10
 _LONGEST_NAME = 1 << 20

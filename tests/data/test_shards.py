@@ -12,7 +12,7 @@ from webdataset import TarWriter
 from mmssl.data import index as index_module
 from mmssl.data.index import index_shard, split_name
 from mmssl.data.shards import ShardSet, expand
-from mmssl.data.tar import ShardError, open_shard, scan
+from mmssl.data.tar import LocalReader, ShardError, open_shard, scan
 
 
 def tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> str:
@@ -236,6 +236,75 @@ def test_random_damage_never_shortens_in_silence(tmp_path: Path) -> None:
         except ShardError:
             continue
         assert [(m.offset, m.size) for m in found] == sizes
+
+
+def many(path: Path, format: int) -> bytes:
+    """So many small members that headers are checked in runs, with times that need an extended header under pax."""
+    with tarfile.open(path, "w", format=format) as archive:
+        for i in range(1500):
+            info = tarfile.TarInfo(f"{i:06d}.txt")
+            info.size, info.mtime = i % 1100, 1_700_000_000.25 + i
+            archive.addfile(info, io.BytesIO(bytes(info.size)))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+def test_runs_of_plain_headers_are_what_tarfile_finds(tmp_path: Path, format: int) -> None:
+    many(tmp_path / "a.tar", format)
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        expected = [(member.name, member.offset_data, member.size) for member in archive]
+    assert [tuple(member) for member in _scan(tmp_path / "a.tar")] == expected
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+def test_damage_inside_a_run_of_plain_headers_is_found(tmp_path: Path, format: int) -> None:
+    data = many(tmp_path / "a.tar", format)
+    members = _scan(tmp_path / "a.tar")
+    rng = np.random.default_rng(2)
+    damaged = tmp_path / "damaged.tar"
+    # Where the slow way begins, where it gives way to the quick one, inside of and between the quick one's runs.
+    for number in [0, 1, 2, 5, 6, 700, 1023, 1024, 1025, 1499]:
+        for extended in [0, 1024] if format == tarfile.PAX_FORMAT else [0]:
+            header = members[number].offset - 512 - extended
+            for place in [0, 50, 124, 134, 148, 153, 156, 345, *rng.integers(0, 512, 3).tolist()]:
+                bytes_ = bytearray(data)
+                bytes_[header + place] ^= 0x01
+                damaged.write_bytes(bytes_)
+                with pytest.raises(ShardError, match=rf"damaged at byte {header}: |is not a tar"):
+                    _scan(damaged)
+            damaged.write_bytes(data[:header] + bytes(512) + data[header + 512 :])
+            with pytest.raises(ShardError, match=r"behind the end mark|followed by no member|zeros from byte"):
+                _scan(damaged)
+            damaged.write_bytes(data[: header + 300])
+            with pytest.raises(ShardError, match=r"cut off at byte|is empty"):
+                _scan(damaged)
+    if format == tarfile.PAX_FORMAT:  # a record that does not say its own length
+        at = members[900].offset - 1024
+        damaged.write_bytes(data[:at] + b"9" + data[at + 1 :])
+        with pytest.raises(ShardError, match=rf"damaged at byte {at - 512}"):
+            _scan(damaged)
+
+
+def test_reading_ahead_is_bounded_where_no_header_is_plain(tmp_path: Path) -> None:
+    """Prefixes, links and long names in turn with plain members: what is read twice stays little."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        for i in range(3000):
+            info = tarfile.TarInfo(f"{i:06d}.txt" if i % 2 else f"{'n' * 120}{i}.txt")
+            info.size = 2000
+            archive.addfile(info, io.BytesIO(bytes(2000)))
+
+    class Counting(LocalReader):
+        read = 0
+
+        def pread(self, length: int, offset: int) -> bytes:
+            Counting.read += length
+            return super().pread(length, offset)
+
+    fd = open_shard(str(path))
+    assert len(scan(Counting(fd), str(path))[0]) == 3000
+    os.close(fd)
+    assert Counting.read < 3 * path.stat().st_size
 
 
 def _scan(path: Path) -> list:
