@@ -18,6 +18,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from lightning import Trainer
 from pairs import TINY, caption, picture
 
 import mmssl
@@ -27,6 +28,7 @@ from mmssl.data.loader import Loader
 from mmssl.data.shards import ShardSet
 from mmssl.data.stream import EvalSet, Source, TrainStream
 from mmssl.data.tar import ShardError
+from mmssl.training.callbacks.predictions import Predictions
 from mmssl.types import Batch, Prepare
 
 SAMPLES = 10
@@ -442,6 +444,16 @@ def test_any_key_can_be_named_in_the_file(key: str, tmp_path: Path, prepares: di
     assert (line["key"], line["reason"]) == (key, "not_an_image")
 
 
+def test_predictions_name_keys_that_are_not_utf8(tmp_path: Path, tokenizer_path: str) -> None:
+    shard = tar(tmp_path / "a.tar", [(f"{i}\udcff😀.txt", caption(i).encode()) for i in range(4)])
+    module = mmssl.MLM(tokenizer_path, "vit_tiny_patch16_224", TINY, max_tokens=32)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(**quiet, callbacks=[Predictions()], default_root_dir=str(tmp_path))
+    trainer.predict(module, DataModule("none.tar", val=shard, batch_size=4, num_workers=0))
+    lines = (tmp_path / "predictions" / "words-0.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["key"] for line in lines] == [f"a.tar/{i}\udcff😀" for i in range(4)]
+
+
 def test_a_txt_counts_even_beside_a_better_json(tmp_path: Path, prepares: dict[str, Prepare]) -> None:
     odd = {"png": picture(3), "json": b'{"caption": "a red square"}', "txt": b" "}
     check_bad(one_epoch(tmp_path, pairs_with(odd), prepares["pairs"]), tmp_path / "odd.tar", "no_text")
@@ -479,8 +491,6 @@ def test_one_bad_json_at_the_beginning_stops_no_run(tmp_path: Path, tokenizer_pa
 
 
 def _fit(data: Any, folder: Path, tokenizer: str) -> None:
-    from lightning import Trainer
-
     module = mmssl.MMM(tokenizer, "vit_tiny_patch16_224", TINY, max_tokens=32, **DECODER)  # type: ignore[arg-type]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     Trainer(**quiet, enable_checkpointing=False, default_root_dir=str(folder), max_steps=1).fit(module, data)

@@ -69,7 +69,9 @@ class Predictions(Callback):
     ) -> None:
         tokenizer: Any = getattr(pl_module, "tokenizer", None)
         if outputs.input_ids is not None:
-            with (self.folder / f"words-{trainer.global_rank}.jsonl").open("a", encoding="utf-8") as file:
+            path = self.folder / f"words-{trainer.global_rank}.jsonl"
+            # A key may hold bytes that are no UTF-8; backslashes are how JSON writes such.
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 for i, key in enumerate(batch.keys):
                     if batch.valid is None or bool(batch.valid[i]):
                         file.write(json.dumps(_words(outputs, i, key, tokenizer), ensure_ascii=False) + "\n")
