@@ -27,6 +27,7 @@ from mmssl.types import BadSample, Sample
 SMALL_SIDE = 64  # pixels of the short side, below which a picture is worth a note
 LARGE_PIXELS = 20_000_000  # pixels, above which decoding takes most of the time
 LONG_TEXT = 100_000  # characters, above which nearly all of a text is cut off: cut documents into pieces
+_GROUP = 128  # samples fetched at once from a remote store
 KNOWN = {*IMAGE_EXTENSIONS, "txt", "json", "cls"}
 
 # What can go wrong, in the words of the summary; any other reason for which a sample is bad counts as well.  Notes are
@@ -112,7 +113,7 @@ def _read_all(report: ShardReport, depth: Depth) -> None:
     offsets = _scan(path)  # anew: a stored index says nothing of what happened to the tar since
     with tempfile.TemporaryDirectory(prefix="mmssl-check-") as folder:  # what training has cached stays where it is
         shards = ShardSet([path if is_remote(path) else glob.escape(path)], cache=Cache(folder, limit_gb=1))
-        shards.group = 128  # samples fetched at once from a remote store
+        shards.group = _GROUP
         _read_samples(report, shards, offsets, depth)
 
 
@@ -123,6 +124,8 @@ def _read_samples(report: ShardReport, shards: ShardSet, offsets: set[int] | Non
     patterns: dict[tuple[str, ...], int] = {}
     keys, contents, kinds = [], [], []
     for i in range(len(shards)):
+        if i % _GROUP == 0:  # two requests ahead, of a remote shard
+            shards.prefetch(range(i, min(i + 3 * _GROUP, len(shards)), _GROUP))
         sample = shards.read(i)
         has = _look_at(report, sample, depth)
         kinds.append(patterns.setdefault(has, len(patterns)))

@@ -6,6 +6,7 @@ that started them ends, however it ends, and leave Ctrl-C to it.
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
 import threading
@@ -55,6 +56,7 @@ def ordered_map(
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])  # imports are paid once, not in every process
+    _start_server()
     pool = ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(shared,))
     waiting: deque[Future[Result]] = deque()
     try:
@@ -70,6 +72,17 @@ def ordered_map(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_server() -> None:
+    """Start the fork server deaf to Ctrl-C, which would meet it in the middle of its imports."""
+    if threading.current_thread() is not threading.main_thread():  # only there signals can be set
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _begin(shared: Any) -> None:
