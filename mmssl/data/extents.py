@@ -11,6 +11,7 @@ Every member's tar header comes with the extent and is compared with the index (
 is asked for the tar's size and version before it is read from, so a shard that changed is named and never used.
 """
 
+import atexit
 import os
 import queue
 import threading
@@ -247,10 +248,13 @@ def cut(offsets: NDArray[np.int64], sizes: NDArray[np.int64], shard: ShardIndex)
 
 _queue: "queue.SimpleQueue[tuple[Extents, tuple[int, int, int]]]" = queue.SimpleQueue()
 _threads: list[threading.Thread] = []
+_ending = threading.Event()
 
 
 def _in_background(extents: Extents, extent: tuple[int, int, int]) -> None:
     _queue.put((extents, extent))
+    if not _threads:
+        atexit.register(_ending.set)
     if len(_threads) < _THREADS and _queue.qsize() > 0:
         _threads.append(threading.Thread(target=_work, args=(_queue,), name="mmssl-prefetch", daemon=True))
         _threads[-1].start()
@@ -259,7 +263,12 @@ def _in_background(extents: Extents, extent: tuple[int, int, int]) -> None:
 def _work(tasks: "queue.SimpleQueue[tuple[Extents, tuple[int, int, int]]]") -> None:
     while True:
         extents, extent = tasks.get()
-        extents.fetch_now(extent)
+        try:
+            extents.fetch_now(extent)
+        except Exception:  # at the end of the process loops and connections are closed while they are used here
+            if not _ending.is_set():
+                raise
+            return
         del extents
 
 

@@ -143,7 +143,7 @@ def index_shards(
     Args:
         paths: local paths or URLs.
         jobs: how many are worked on at once; by default as many as there are cores for local shards (processes),
-            and 16 for remote ones (threads).
+            and 32 for remote ones (threads).
         progress: called in this thread with every index as soon as it is known, in any order.
 
     Raises:
@@ -161,7 +161,7 @@ def index_shards(
     local = [number for number, path in enumerate(paths) if not is_remote(path)]
     take(_side_by_side(_known, paths, local, jobs or 8, "stored"))
     take(_side_by_side(_index_local, paths, [n for n in local if n not in found], jobs or _cores(), "scan"))
-    take(_side_by_side(_index_remote, paths, sorted({*range(len(paths))} - {*local}), jobs or 16, "remote"))
+    take(_side_by_side(_index_remote, paths, sorted({*range(len(paths))} - {*local}), jobs or 32, "remote"))
     return [found[number] for number in range(len(paths))]
 
 
