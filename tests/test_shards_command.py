@@ -170,7 +170,7 @@ def test_check_finds_every_fault(capsys) -> None:
     assert "1  truncated            images cut short" in said
     assert "truncated: bad.tar cut: " in said
     assert "duplicate_key: bad.tar 0007: as sample 7 of good.tar" in said
-    assert "no_text: bad.tar alone: has image; 93.5 % of all samples have text" in said
+    assert "no_text: bad.tar alone: has image; 93.55 % of all samples have text" in said
     assert (
         f"{sum(n for problems in expected.values() for problem, n in problems.items() if problem in BAD)} find" in said
     )

@@ -64,7 +64,7 @@ def _missing_partners(reports: list[ShardReport]) -> Iterator[Finding]:
             lacking = [code for code, has in enumerate(report.patterns) if kind not in has]
             for place, key in _named(report.path, np.flatnonzero(np.isin(report.kinds, lacking))):
                 has = ", ".join(report.patterns[report.kinds[place]]) or "nothing that is read"
-                share = f"{100 * having[kind] / total:.3g} % of all samples have {kind}"
+                share = f"{100 * having[kind] / total:.4g} % of all samples have {kind}"
                 yield Finding(report.path, key, f"no_{kind}", f"has {has}; {share}")
 
 
