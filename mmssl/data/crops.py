@@ -16,8 +16,6 @@ from torch import Tensor
 
 from mmssl.draws import Draws
 
-Pixels = UInt8[np.ndarray, "H W 3"]
-
 
 class View(NamedTuple):
     """A rectangle of a picture, resized, of which the central square is cut and perhaps mirrored.
@@ -37,7 +35,7 @@ class View(NamedTuple):
         ratio = min(self.box[2] / self.size[0], self.box[3] / self.size[1])
         return 8 if ratio >= 8 else 4 if ratio >= 4 else 2 if ratio >= 2 else 1
 
-    def take(self, pixels: Pixels) -> UInt8[Tensor, "3 S S"]:
+    def take(self, pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[Tensor, "3 S S"]:
         """This part of the decoded picture, of whatever size it was decoded to."""
         top, left, height, width = self.box
         bottom, right = top + height, left + width
