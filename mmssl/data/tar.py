@@ -360,7 +360,7 @@ def _check_end(headers: _Headers, path: str, at: int, size: int) -> None:
     if size > longest:
         raise ShardError(
             f"shard {path}: {size - at} bytes of zeros from byte {at} on, {size - longest} more than a tar's end has: "
-            "the rest of an interrupted copy; fetch or write it again"
+            "the rest of an interrupted copy, or larger records than tar makes by itself (-b); fetch or write it again"
         )
 
 
