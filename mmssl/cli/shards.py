@@ -9,9 +9,9 @@ from typing import IO, Any
 
 from mmssl.cli.keys import UsageError
 from mmssl.cli.progress import Progress, number, percent, printable, size, table
+from mmssl.curation.parallel import check_jobs, ordered_map
 from mmssl.data.cache import Cache
 from mmssl.data.index import ShardIndex, index_shard, index_shards
-from mmssl.data.parallel import check_jobs, ordered_map
 from mmssl.data.shards import ShardSet, expand, fingerprint
 from mmssl.data.tar import ShardError
 
@@ -92,8 +92,8 @@ def check(
         duplicates: Compare contents, too: images, or texts where there are no images, with the same bytes.
         out: A file for every finding as a JSON line.
     """
-    from mmssl.data.compare import check_shards
-    from mmssl.data.inspect import BAD, NOTES, Depth, Finding, ShardReport
+    from mmssl.curation.compare import check_shards
+    from mmssl.curation.inspect import BAD, NOTES, Depth, Finding, ShardReport
 
     paths = expand(shards)
     counts: Counter[str] = Counter()
@@ -174,7 +174,7 @@ def stats(
         jobs: Number of processes; by default one for every core.
         json: Print JSON in place of tables.
     """
-    from mmssl.data.statistics import statistics
+    from mmssl.curation.statistics import statistics
     from mmssl.data.tokenizer import TextTokenizer
 
     if samples < 0:

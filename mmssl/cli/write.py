@@ -7,12 +7,12 @@ from typing import Literal
 
 from mmssl.cli.keys import UsageError
 from mmssl.cli.progress import Progress, number, printable, size
+from mmssl.curation.parallel import check_jobs
+from mmssl.curation.records import Preparation
+from mmssl.curation.sources import records_of
+from mmssl.curation.tables import Columns
+from mmssl.curation.writer import Written, write_shards
 from mmssl.data.members import IMAGE_EXTENSIONS
-from mmssl.data.parallel import check_jobs
-from mmssl.data.records import Preparation
-from mmssl.data.sources import records_of
-from mmssl.data.tables import Columns
-from mmssl.data.writer import Written, write_shards
 
 _NOTES = {
     "made_smaller": "images were made smaller",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningModule, Trainer
-from toys import ToyImage, ToyText, jpeg, number, write_shards
+from toy_stream import ToyImage, ToyText, jpeg, number, write_shards
 from webdataset import TarWriter
 
 from mmssl.data import loader

@@ -10,7 +10,7 @@ import simplejpeg
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms import v2
-from toys import jpeg
+from toy_stream import jpeg
 
 from mmssl.data.crops import Crop, RandomResizedCrop, ResizeCenterCrop
 from mmssl.data.images import decode_image, load_image, stack

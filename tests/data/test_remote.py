@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from server import FileServer
 from torch.utils.data import DataLoader
-from toys import ToyImage, ToyText, same, write_shards
+from toy_stream import ToyImage, ToyText, same, write_shards
 from webdataset import TarWriter
 
 from mmssl.data.cache import Cache

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toys import write_shards
+from toy_stream import write_shards
 from webdataset import TarWriter
 
 from mmssl.data import index as index_module

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import ToyImage, ToyText, number, same, write_shards
+from toy_stream import ToyImage, ToyText, number, same, write_shards
 from webdataset import TarWriter
 
 from mmssl.data.budget import Budget, TooManyBadSamples

@@ -15,8 +15,8 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
+from mmssl.curation.parallel import ordered_map
 from mmssl.data.members import IMAGE_EXTENSIONS, sample_text
-from mmssl.data.parallel import ordered_map
 from mmssl.data.shards import ShardSet
 from mmssl.data.tokenizer import TextTokenizer
 from mmssl.draws import mix

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from server import FileServer
-from toys import write_shards
+from toy_stream import write_shards
 
 from mmssl.cli import main
 

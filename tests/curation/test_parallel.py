@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mmssl.data.parallel import check_jobs, ordered_map
+from mmssl.curation.parallel import check_jobs, ordered_map
 
 
 def slow_first(shared: int, item: int) -> tuple[int, int]:

@@ -19,8 +19,8 @@ from PIL import Image
 from written import picture, read, skipped
 
 from mmssl.cli import main
-from mmssl.data.cutting import count_words, cut_text
-from mmssl.data.records import safe_key
+from mmssl.curation.cutting import count_words, cut_text
+from mmssl.curation.records import safe_key
 
 
 def caption(i: int) -> str:

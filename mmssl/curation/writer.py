@@ -20,9 +20,9 @@ from typing import IO
 
 import numpy as np
 
+from mmssl.curation.parallel import ordered_map
+from mmssl.curation.records import Preparation, Record, prepare_chunk
 from mmssl.data.index import index_shard
-from mmssl.data.parallel import ordered_map
-from mmssl.data.records import Preparation, Record, prepare_chunk
 
 _CHUNK = 16  # records at a time for a process
 _PARTIAL = ".partial"

@@ -12,9 +12,9 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
+from mmssl.curation.inspect import Depth, Finding, ShardReport, check_shard
+from mmssl.curation.parallel import ordered_map
 from mmssl.data.index import index_shard
-from mmssl.data.inspect import Depth, Finding, ShardReport, check_shard
-from mmssl.data.parallel import ordered_map
 
 
 def check_shards(

@@ -6,9 +6,9 @@ A source becomes records, in an order that does not change, before any picture o
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
+from mmssl.curation.records import Record, extension_of, safe_key
+from mmssl.curation.tables import Columns, check_table, table_records
 from mmssl.data.members import IMAGE_EXTENSIONS
-from mmssl.data.records import Record, extension_of, safe_key
-from mmssl.data.tables import Columns, check_table, table_records
 
 _BESIDE = {"txt": "text_path", "json": "json_path", "cls": "label_path"}
 TABLES = ("csv", "tsv", "jsonl", "ndjson", "parquet")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mmssl.data.cutting import cut_text
+from mmssl.curation.cutting import cut_text
 from mmssl.data.images import decode_image
 from mmssl.types import BadSample
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from mmssl.data.records import Record, extension_of, safe_key
+from mmssl.curation.records import Record, extension_of, safe_key
 
 # How base64 of JPEG, PNG, GIF, WebP, BMP and TIFF begins: a path that begins so and is that long does not exist.
 _BASE64 = re.compile(r"(?:data:[\w/+.-]+;base64,|(?=/9j/|iVBOR|R0lGOD|UklGR|Qk|SUkq|TU0A)(?=.{64}))", re.DOTALL)

@@ -14,10 +14,10 @@ from written import picture
 
 from mmssl.cli import main
 from mmssl.cli.progress import printable, size, table
-from mmssl.data.compare import check_shards
-from mmssl.data.inspect import BAD, NOTES, Depth, Finding, ShardReport
+from mmssl.curation.compare import check_shards
+from mmssl.curation.inspect import BAD, NOTES, Depth, Finding, ShardReport
+from mmssl.curation.statistics import places, quantiles
 from mmssl.data.shards import ShardSet
-from mmssl.data.statistics import places, quantiles
 
 Members = list[tuple[str, bytes]]
 
