@@ -286,7 +286,7 @@ def test_constructor_refuses(options: dict[str, Any], message: str) -> None:
 def test_two_ranks_share_every_batch(tmp_path: Path, texts: str) -> None:
     """Two real processes under DDP train on what one process trains on, and resume on one."""
     script = f"""
-import sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys, torch; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parent.parent)!r}]
 from test_datamodule import *
 module = Recorder()
 made = trainer(Path({str(tmp_path)!r}), max_steps=4, devices=2, strategy="ddp")

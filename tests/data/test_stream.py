@@ -390,7 +390,7 @@ def test_a_failing_run_ends_its_workers_at_once(tmp_path: Path) -> None:
     """The loader is still held by a traceback when Python exits: multiprocessing ends the workers with one TERM."""
     pattern = write_shards(tmp_path, 40)
     script = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parent.parent)!r}]
 from test_stream import Loader, stream
 batches = iter(Loader(stream({pattern!r}), workers=2))
 next(batches)
