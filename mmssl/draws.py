@@ -1,5 +1,7 @@
 """Random draws that depend on named integers alone: never on a rank, a worker, a clock or a NumPy version."""
 
+import functools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -8,9 +10,12 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def mix(*values: int) -> int:
-    """Hash integers to 64 bits (SplitMix64's finaliser, folded over the values)."""
-    state = _GOLDEN
+def mix(*values: int, start: int = _GOLDEN) -> int:
+    """Hash integers to 64 bits (SplitMix64's finaliser, folded over the values).
+
+    It folds from the left: mix(a, b, c) equals mix(c, start=mix(a, b)).
+    """
+    state = start
     for value in values:
         state = _scramble(((state ^ (int(value) & _WORD)) + _GOLDEN) & _WORD)
     return state
@@ -45,6 +50,11 @@ def _words(start: int, step: int, first: int, n: int) -> NDArray[np.uint64]:
     return z
 
 
+@functools.lru_cache(64)
+def _prefix(key: tuple[int, ...]) -> int:
+    return mix(*key)
+
+
 class Draws:
     """A stream of draws keyed by integers, such as (seed, epoch, sample).
 
@@ -63,7 +73,8 @@ class Draws:
     def _take(self, n: int) -> int:
         """Reserve n words; the number of the first."""
         if not self._step:
-            self._start = mix(*self._key)
+            # Of the keys (seed, epoch, source, sample) of a batch only the last number differs.
+            self._start = mix(*self._key[-1:], start=_prefix(self._key[:-1]))
             self._step = _scramble(self._start ^ _GOLDEN) | 1
         first = self._next
         self._next += n

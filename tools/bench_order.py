@@ -66,9 +66,7 @@ def main() -> None:
     rows = [(args.samples, args.batch_size, args.world)] if args.samples else ROWS
     print(f"Python {platform.python_version()}, NumPy {np.__version__}, {platform.processor() or platform.machine()}")
     print(f"{args.workers} workers a rank, {args.batches} batches of one worker\n")
-    print(
-        "| samples | global batch | ranks | lanes | set-up | first batch at 99 % | each sample | memory |"
-    )
+    print("| samples | global batch | ranks | lanes | set-up | first batch at 99 % | each sample | memory |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for samples, batch_size, world in rows:
         options = ["--samples", samples, "--batch_size", batch_size, "--world", world]

@@ -74,7 +74,7 @@ class DataModule(LightningDataModule):
         allow_appended: bool = False,
         bad_samples: str | None = None,
         cache_dir: str | None = None,
-        cache_limit_gb: float = 50,
+        cache_limit_gb: float = 50.0,
         multiprocessing_context: StartMethod | None = None,
     ) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, product
+from operator import add
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,8 +106,15 @@ def _choices(inside: str, pattern: str) -> list[str]:
 
 
 class _Open(NamedTuple):
+    """An open shard.  Memory views of the index: single numbers come out of them faster than out of NumPy arrays."""
+
     fd: int
-    members: Members
+    starts: memoryview
+    offsets: memoryview
+    sizes: memoryview
+    codes: memoryview
+    key_starts: memoryview
+    keys: bytes | memoryview
     extensions: list[str]
     looked: list[float]  # the one moment of the last look at its size and time of change
 
@@ -240,22 +248,22 @@ class ShardSet:
             assert self._extents is not None
             return self._extents.read(number, index - self._starts[number])
         path = self.shards[number].path
-        fd, members, extensions, _ = self._shard(number)
+        shard = self._shard(number)
         local = index - self._starts[number]
-        first, stop = members.starts[local : local + 2].tolist()
-        offsets = members.offsets[first:stop].tolist()
-        sizes = members.sizes[first:stop].tolist()
-        names = [extensions[code] for code in members.codes[first:stop].tolist()]
-        begin, end = members.key_starts[local : local + 2].tolist()
-        key = bytes(members.keys[begin:end]).decode("utf-8", "surrogateescape")
+        first, stop = shard.starts[local], shard.starts[local + 1]
+        key = str(shard.keys[shard.key_starts[local] : shard.key_starts[local + 1]], "utf-8", "surrogateescape")
+        sizes = shard.sizes[first:stop].tolist()
+        offsets = shard.offsets[first:stop].tolist()
         low = min(offsets)
-        span = max(map(sum, zip(offsets, sizes, strict=True))) - low
+        span = max(map(add, offsets, sizes)) - low
+        data = b""
         if span <= sum(sizes) + 4 * BLOCK * len(sizes):  # neighbours: one read for all
-            data = read_exactly(fd, span, low, path)
-            contents = [data[at - low : at - low + size] for at, size in zip(offsets, sizes, strict=True)]
-        else:
-            contents = [read_exactly(fd, size, at, path) for at, size in zip(offsets, sizes, strict=True)]
-        return Sample(key, path, dict(zip(names, contents, strict=True)))
+            data = read_exactly(shard.fd, span, low, path)
+        members = {}
+        for code, at, size in zip(shard.codes[first:stop].tolist(), offsets, sizes, strict=True):
+            content = data[at - low : at - low + size] if data else read_exactly(shard.fd, size, at, path)
+            members[shard.extensions[code]] = content
+        return Sample(key, path, members)
 
     def _shard(self, number: int) -> _Open:
         shard = self._open.get(number)
@@ -285,7 +293,17 @@ class ShardSet:
             raise
         if len(self._open) >= _OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1].fd)
-        shard = self._open[number] = _Open(fd, members, list(index.extensions), [time.monotonic()])
+        shard = self._open[number] = _Open(
+            fd,
+            memoryview(members.starts),
+            memoryview(members.offsets),
+            memoryview(members.sizes),
+            memoryview(members.codes),
+            memoryview(members.key_starts),
+            members.keys,
+            list(index.extensions),
+            [time.monotonic()],
+        )
         return shard
 
 

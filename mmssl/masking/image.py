@@ -47,8 +47,9 @@ def hide_patches(
     h, w = grid_size
     count = h * w - num_visible(h * w, ratio)
     if strategy == "random":
-        order = draws.permutation(h * w)
-        return HiddenPatches(np.sort(order[count:]), np.sort(order[:count]))
+        chosen = np.zeros(h * w, bool)
+        chosen[draws.permutation(h * w)[:count]] = True
+        return HiddenPatches(np.flatnonzero(~chosen), np.flatnonzero(chosen))
     is_hidden = np.zeros((h, w), bool)
     while (missing := count - int(is_hidden.sum())) > 0:
         if strategy == "block":

@@ -123,7 +123,7 @@ def test_pictures_show_ink_on_paper(pairs: dict[str, list[dict[str, Any]]]) -> N
             assert np.abs(drawn - captions.COLOURS[name]).max() <= captions.JITTER
         coverage = (pixels - paper) @ (ink - paper) / ((ink - paper) ** 2).sum()  # 1 on ink, 0 on paper
         assert coverage.max() > 0.4, about
-        assert 0.002 < (coverage > 0.4).mean() < 0.7, about
+        assert 0.002 < (coverage > 0.4).mean() < 0.9, about  # a large square covers most
         edge = np.concatenate([coverage[0], coverage[-1], coverage[:, 0], coverage[:, -1]])
         assert np.abs(edge).max() < 0.5, about  # whole within the picture
 
