@@ -295,11 +295,11 @@ class ShardSet:
             os.close(self._open.popitem(last=False)[1].fd)
         shard = self._open[number] = _Open(
             fd,
-            memoryview(members.starts),
-            memoryview(members.offsets),
-            memoryview(members.sizes),
-            memoryview(members.codes),
-            memoryview(members.key_starts),
+            members.starts.data,
+            members.offsets.data,
+            members.sizes.data,
+            members.codes.data,
+            members.key_starts.data,
             members.keys,
             list(index.extensions),
             [time.monotonic()],
