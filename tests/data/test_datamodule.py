@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from server import FileServer
 from toy_stream import ToyImage, ToyText, jpeg, number, write_shards
 from webdataset import TarWriter
 
@@ -307,6 +308,20 @@ torch.save((module.seen, module.validated), {str(tmp_path)!r} + f"/rank{{made.gl
     data = DataModule(texts, batch_size=8, num_workers=0)
     trainer(tmp_path, max_steps=6).fit(again, data, ckpt_path=str(tmp_path / "two.ckpt"))
     assert [index for index, _, _ in again.seen] == [4, 5]
+
+
+def test_remote_shards_train_and_resume_as_local_ones(tmp_path: Path) -> None:
+    """One line names them; the fingerprint is that of the local shards, so a run may move from disk to store."""
+    (tmp_path / "served").mkdir()
+    pattern = write_shards(tmp_path / "served", 50)
+    whole = going_on(tmp_path, pattern, 12, None)
+    with FileServer(tmp_path / "served") as server:
+        options: dict[str, Any] = {"val": f"{server.url}/00000.tar", "cache_dir": str(tmp_path / "cache")}
+        urls = f"{server.url}/{{00000..00002}}.tar"
+        first = going_on(tmp_path, urls, 5, None, **options)
+        again = going_on(tmp_path, urls, 9, tmp_path / "a.ckpt", **options)
+    assert first + again + going_on(tmp_path, pattern, 12, tmp_path / "a.ckpt") == whole
+    assert list((tmp_path / "cache").glob("*.mmssl"))
 
 
 def test_too_many_bad_samples_stop_all_ranks_at_one_step(tmp_path: Path, tokenizer_path: str) -> None:

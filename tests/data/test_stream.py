@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from toy_stream import ToyImage, ToyText, number, same, write_shards
+from toy_stream import number as number_of_key
 from webdataset import TarWriter
 
 from mmssl.data.budget import Budget, TooManyBadSamples
 from mmssl.data.loader import Loader, default_workers
+from mmssl.data.order import Order
 from mmssl.data.shards import ShardSet
 from mmssl.data.stream import EvalSet, Source, TrainStream
 from mmssl.data.tar import ShardError
@@ -125,6 +127,20 @@ def test_any_number_of_workers_gives_the_same_batches_from_any_start(
     got = take(loader, 5)
     assert [batch.index for batch in got] == [4, 5, 6, 7, 8]
     assert all(same(batch, reference.batch(batch.index)) for batch in got)
+
+
+@pytest.mark.parametrize("number", [0, 1, 12_375_000, 10**12])
+def test_any_batch_reads_its_own_samples_alone(texts: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Going on in epoch 999,999 costs what the first batch costs: as many reads, no walk through the order."""
+    read: list[int] = []
+    original = ShardSet.read
+    monkeypatch.setattr(ShardSet, "read", lambda self, index: read.append(index) or original(self, index))
+    data, calls = stream(texts), Counter[str]()
+    window = Order._window
+    monkeypatch.setattr(Order, "_window", lambda *args: calls.update(["window"]) or window(*args))
+    batch = data.batch(number)
+    assert sorted(read) == sorted(number_of_key(key) for key in batch.keys)
+    assert calls["window"] == data.orders[0].lanes  # one a lane: none is passed through on the way
 
 
 def test_pickled_streams_agree(texts: str) -> None:
