@@ -1,6 +1,8 @@
 """The data of a run, as users name it in YAML."""
 
 import os
+import sys
+import time
 from collections.abc import Callable
 from itertools import takewhile
 from typing import Any, NotRequired, TypedDict
@@ -11,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from mmssl.data.budget import Budget
 from mmssl.data.cache import Cache
 from mmssl.data.identity import histories, identity, write_shards_file
+from mmssl.data.index import ShardIndex
 from mmssl.data.loader import Loader, StartMethod, default_workers, leave_cores
 from mmssl.data.members import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, missing, sample_text
 from mmssl.data.order import check_world, choose_lanes
@@ -18,6 +21,8 @@ from mmssl.data.shards import ShardSet
 from mmssl.data.stream import EvalSet, Source, TrainStream
 from mmssl.data.tar import ShardError
 from mmssl.types import BadSample, Batch, Prepare, Sample
+
+_TELL = 10.0  # seconds between two lines while shards are indexed
 
 
 class SourceConfig(TypedDict):
@@ -107,9 +112,9 @@ class DataModule(LightningDataModule):
     # ---- set up
 
     def prepare_data(self) -> None:
-        """Index the shards once per node; the other ranks then find the indices."""
+        """Index the shards once per node; the other ranks then find the indices.  Says so where it takes long."""
         for shards in self._wanted().values():
-            ShardSet(shards, cache=self.cache)
+            ShardSet(shards, _Patience(), cache=self.cache)
 
     def setup(self, stage: str) -> None:
         assert self.trainer is not None
@@ -260,6 +265,21 @@ class DataModule(LightningDataModule):
     def _go_on(self, saved: dict[str, Any]) -> None:
         assert self._train is not None
         self._train.grow(histories(saved, self._train, self._folder(), appended=self.allow_appended))
+
+
+class _Patience:
+    """Tells every ten seconds how many shards have been indexed."""
+
+    def __init__(self) -> None:
+        self._shards = self._samples = 0
+        self._told = time.monotonic()
+
+    def __call__(self, shard: ShardIndex) -> None:
+        self._shards += 1
+        self._samples += shard.samples
+        if time.monotonic() - self._told >= _TELL:
+            self._told = time.monotonic()
+            print(f"mmssl: indexing shards: {self._shards} done, {self._samples} samples", file=sys.stderr, flush=True)
 
 
 def _sources(train: str | list[str] | dict[str, SourceConfig]) -> dict[str, SourceConfig]:

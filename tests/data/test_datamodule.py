@@ -12,7 +12,7 @@ from server import FileServer
 from toy_stream import ToyImage, ToyText, jpeg, number, write_shards
 from webdataset import TarWriter
 
-from mmssl.data import loader
+from mmssl.data import datamodule, loader
 from mmssl.data.datamodule import DataModule
 from mmssl.data.tar import ShardError
 from mmssl.types import Batch, Prepare
@@ -308,6 +308,17 @@ torch.save((module.seen, module.validated), {str(tmp_path)!r} + f"/rank{{made.gl
     data = DataModule(texts, batch_size=8, num_workers=0)
     trainer(tmp_path, max_steps=6).fit(again, data, ckpt_path=str(tmp_path / "two.ckpt"))
     assert [index for index, _, _ in again.seen] == [4, 5]
+
+
+def test_indexing_that_takes_long_is_told(
+    tmp_path: Path, texts: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = DataModule(texts, batch_size=8)
+    data.prepare_data()
+    assert "indexing" not in capsys.readouterr().err
+    monkeypatch.setattr(datamodule, "_TELL", 0.0)
+    data.prepare_data()
+    assert capsys.readouterr().err.splitlines()[-1] == "mmssl: indexing shards: 3 done, 50 samples"
 
 
 def test_remote_shards_train_and_resume_as_local_ones(tmp_path: Path) -> None:
