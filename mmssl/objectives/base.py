@@ -4,11 +4,9 @@ An objective is one file with three classes: ``PrepareX`` (runs in the loader), 
 is sharded and called on the device) and ``X``, the LightningModule that users name in YAML.
 """
 
-import difflib
-import inspect
 import itertools
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -16,7 +14,6 @@ from jaxtyping import Bool, Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mmssl.backbone import Backbone
 from mmssl.data.crops import RandomResizedCrop, ResizeCenterCrop
 from mmssl.data.images import load_image, stack
 from mmssl.data.members import sample_image, sample_text
@@ -251,19 +248,6 @@ class Pixels(nn.Module):
 def take(tokens: Float[Tensor, "B N D"], ids: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
     """tokens[b, ids[b]] for every b."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-
-
-def make_backbone(name: str, options: dict[str, Any] | None, needs: tuple[str, ...], **fixed: Any) -> Backbone:
-    """Build the backbone for what an objective needs; an unknown option is refused with the nearest valid one."""
-    options = dict(options or {})
-    known = [p for p in inspect.signature(Backbone.__init__).parameters if p not in ("self", "name", *fixed)]
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.0)
-            raise ValueError(f"backbone_options has no {key!r}; did you mean {near[0]!r}? It takes {', '.join(known)}")
-    backbone = Backbone(name, **options, **fixed)
-    backbone.freeze_unused(needs)
-    return backbone
 
 
 def reconstruction_loss(

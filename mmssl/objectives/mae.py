@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmssl.backbone import Backbone, Decoder
+from mmssl.backbone import Backbone, Decoder, make_backbone
 from mmssl.data.crops import RandomResizedCrop, ResizeCenterCrop
 from mmssl.draws import Draws
 from mmssl.masking.image import ImageStrategy
@@ -15,7 +15,6 @@ from mmssl.objectives.base import (
     Pixels,
     PrepareImage,
     check_image_masking,
-    make_backbone,
     reconstruction_loss,
 )
 from mmssl.training.module import Completion, PretrainModule, unit_pixels

@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmssl.backbone import Backbone
+from mmssl.backbone import Backbone, make_backbone
 from mmssl.data.tokenizer import TextTokenizer
 from mmssl.draws import Draws
 from mmssl.masking.text import HiddenTokens, TextStrategy
@@ -16,7 +16,6 @@ from mmssl.objectives.base import (
     TextHead,
     check_text_masking,
     guesses,
-    make_backbone,
     token_losses,
 )
 from mmssl.training.module import Completion, PretrainModule

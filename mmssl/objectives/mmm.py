@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmssl.backbone import Backbone, Decoder
+from mmssl.backbone import Backbone, Decoder, make_backbone
 from mmssl.data.crops import RandomResizedCrop, ResizeCenterCrop
 from mmssl.data.tokenizer import TextTokenizer
 from mmssl.draws import Draws
@@ -26,7 +26,6 @@ from mmssl.objectives.base import (
     check_image_masking,
     check_text_masking,
     guesses,
-    make_backbone,
     reconstruction_loss,
     token_losses,
 )
