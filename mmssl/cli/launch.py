@@ -135,6 +135,8 @@ class Launch(LightningCLI):
         fit = self.subcommand == "fit"
         self.folder = Path(config.run or _default_run(self._args))
         self.checkpoint: str | None = config.ckpt_path
+        if self.checkpoint == "best":  # by a metric: what mmssl.training.callbacks.best keeps
+            self.checkpoint = str(self.folder / "checkpoints" / "best.ckpt")
         if fit and config.trainer.max_steps < 1 and not config.trainer.fast_dev_run:
             raise UsageError(
                 "trainer.max_steps must be given: the number of optimizer steps, at the end of the schedule"

@@ -311,6 +311,8 @@ def _check_members(shards: ShardSet, prepare: Prepare, objective: str) -> None:
             raise ShardError(
                 f"shard {shards.shards[0].path}: has no .txt, and {errors[0]}; {objective} needs text in every sample"
             )
+    if (check := getattr(prepare, "check", None)) is not None:  # what more there is to know before a run
+        check(shards)
     skipped = {kind: n for kind, n in shards.skipped.items() if kind != "folder"}
     for extension, n in shards.extensions.items():
         if extension.rpartition(".")[2] in {*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS} and "." in extension:

@@ -1,4 +1,4 @@
-"""Which members of a sample hold the picture and the text (the img2dataset layout)."""
+"""Which members of a sample hold the picture, the text and the label (the img2dataset layout)."""
 
 import json
 from collections.abc import Iterable
@@ -7,11 +7,12 @@ from mmssl.types import BadSample, Sample
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 TEXT_EXTENSIONS = ("txt", "json")  # json: its "caption", or else its "text"
-EXTENSIONS = {"image": IMAGE_EXTENSIONS, "text": TEXT_EXTENSIONS}
+LABEL_EXTENSIONS = ("cls", "json")
+EXTENSIONS = {"image": IMAGE_EXTENSIONS, "text": TEXT_EXTENSIONS, "label": LABEL_EXTENSIONS}
 
 
 def missing(needs: Iterable[str], extensions: Iterable[str]) -> list[str]:
-    """What an objective needs ("image", "text") and none of the extensions can give."""
+    """What an objective needs ("image", "text", "label") and none of the extensions can give."""
     have = set(extensions)
     return [need for need in needs if not have.intersection(EXTENSIONS[need])]
 

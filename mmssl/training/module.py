@@ -30,8 +30,15 @@ class Completion(NamedTuple):
     guesses: list[list[int]] | None = None
 
 
+class Rows(NamedTuple):
+    """Predictions as lines of JSON, for the file ``<name>-<rank>.jsonl``."""
+
+    name: str
+    rows: list[dict[str, Any]]
+
+
 class PretrainModule(LightningModule):
-    """Base of the pretraining objectives.
+    """Base of the pretraining objectives, and of fine-tuning.
 
     The loss of a step is sum_k weight_k * total_k / count_k, where total and count run over *all* ranks and all
     micro-batches of the optimizer step: dividing per rank or per micro-batch weighs tokens unequally.
@@ -90,6 +97,13 @@ class PretrainModule(LightningModule):
     def compare(self, prediction: Any, batch: Batch) -> dict[str, Loss]:
         """Sums with counts by name.  The names in ``loss_weights`` are trained on, the others only reported."""
         raise NotImplementedError
+
+    def measure(self, prediction: Any, batch: Batch) -> None:
+        """In evaluation, note what :meth:`measured` needs beyond the sums of ``compare``."""
+
+    def measured(self) -> dict[str, Tensor]:
+        """Further metrics of the evaluation that ends, by name, over all ranks; forgets what they were made of."""
+        return {}
 
     def complete(self, batch: Batch) -> Completion:
         """Pictures and guesses for a person; called without gradients on a small validation batch."""
@@ -221,11 +235,13 @@ class PretrainModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         precise = torch.float32 if self.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        self._add(self._eval_sums, self.compare(self(batch), batch), precise)
+        prediction = self(batch)
+        self._add(self._eval_sums, self.compare(prediction, batch), precise)
+        self.measure(prediction, batch)
 
     def on_validation_epoch_end(self) -> None:
         if self._eval_sums:
-            for name, value in self._means(self._eval_sums).items():
+            for name, value in {**self._means(self._eval_sums), **self.measured()}.items():
                 self.log(f"val/{name}", value)
         self._check_budget()
 
@@ -233,14 +249,14 @@ class PretrainModule(LightningModule):
     test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
-        for name, value in self._means(self._eval_sums).items():
+        for name, value in {**self._means(self._eval_sums), **self.measured()}.items():
             self.log(f"test/{name}", value)
         self._check_budget()
 
     def on_predict_epoch_end(self) -> None:
         self._check_budget()
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Completion:
+    def predict_step(self, batch: Batch, batch_idx: int) -> Completion | Rows:
         return self.complete(batch)
 
     # ---- optimizer
@@ -249,6 +265,10 @@ class PretrainModule(LightningModule):
         """Names (wildcards) of parameters that are not decayed although they have two dimensions or more."""
         backbone: Any = self.network.backbone
         return {f"network.backbone.{name}" for name in backbone.no_weight_decay()} | {"*.mask_token", "*.modality"}
+
+    def parameter_groups(self) -> list[dict[str, Any]] | None:
+        """Groups with a weight decay and a rate of their own; None for the usual two, decayed and not."""
+        return None
 
     def configure_optimizers(self) -> Any:
         if self.trainer.gradient_clip_val:
@@ -279,6 +299,7 @@ class PretrainModule(LightningModule):
             eps=self.eps,
             weight_decay=self.weight_decay,
             no_weight_decay=self.no_weight_decay(),
+            groups=self.parameter_groups(),
             # A fused step takes the scale of float16 gradients back itself, after we measured and clipped them.
             fused=getattr(self.trainer.precision_plugin, "scaler", None) is None,
         )

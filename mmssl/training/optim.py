@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -16,13 +17,16 @@ def adamw(
     eps: float,
     weight_decay: float,
     no_weight_decay: Collection[str] = (),
+    groups: list[dict[str, Any]] | None = None,
     fused: bool = True,
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019); biases, norms and ``no_weight_decay`` names (wildcards) are not decayed.
 
+    ``groups`` take the place of these where given, each with its own ``weight_decay`` and, if it likes, ``lr``.
     The fused kernel is used, unless ``fused`` is False, where every parameter lies on a device that has one.
     """
-    groups = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=no_weight_decay)
+    if groups is None:
+        groups = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=no_weight_decay)
     kinds = {parameter.device.type for parameter in module.parameters()}
     fused = fused and kinds <= {"cuda", "cpu"} and len(kinds) == 1
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmssl.pretrained import whole
 from mmssl.training import checkpoint as module
 from mmssl.training.checkpoint import (
     AtomicCheckpointIO,
@@ -114,13 +115,13 @@ def test_newest_is_by_step_also_under_other_names(tmp_path: Path):
 
 def test_a_checkpoint_that_another_rank_sets_aside_meanwhile(tmp_path: Path, monkeypatch):
     good, bad = save(tmp_path, 10), save(tmp_path, 20)
-    steps = module.step_of
+    steps = whole.step_of
 
     def step_of(path: Path) -> int:
         bad.unlink(missing_ok=True)  # the other rank's rename, between the listing and the choice
         return steps(path)
 
-    monkeypatch.setattr(module, "step_of", step_of)
+    monkeypatch.setattr(whole, "step_of", step_of)
     assert latest_checkpoint(tmp_path, say=lambda line: None) == good
 
 

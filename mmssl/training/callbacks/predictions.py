@@ -1,7 +1,7 @@
-"""What ``mmssl predict`` leaves behind: every hidden word with its guess, and grids of completed pictures."""
+"""What ``mmssl predict`` leaves behind: hidden words with their guesses, grids of completed pictures, or classes."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from mmssl.training.callbacks.pictures import draw_grid
-from mmssl.training.module import Completion
+from mmssl.training.module import Completion, Rows
 from mmssl.types import Batch
 
 
@@ -31,7 +31,8 @@ class Predictions(Callback):
     """Writes ``predictions/`` in the run's folder, one file a rank and batch by batch, so that memory stays flat.
 
     ``words-0.jsonl`` has a line per sample: its key, the text as it was seen, and for every hidden token the truth and
-    the guess.  ``batch-00000-0.png`` shows the first pictures of a batch.  The last number is the rank.
+    the guess.  ``batch-00000-0.png`` shows the first pictures of a batch.  A fine-tuned model leaves lines of its own,
+    such as ``labels-0.jsonl``.  The last number is the rank.
 
     Args:
         pictures: rows of the grid of each batch; 0 draws none.
@@ -49,7 +50,8 @@ class Predictions(Callback):
         self.folder = Path(trainer.default_root_dir) / "predictions"
         with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / f"words-{trainer.global_rank}.jsonl").unlink(missing_ok=True)
+            for earlier in self.folder.glob(f"*-{trainer.global_rank}.jsonl"):
+                earlier.unlink()
 
     def on_predict_batch_end(
         self,
@@ -63,18 +65,24 @@ class Predictions(Callback):
         if isinstance(outputs, Completion):
             with _writing(self.folder):
                 self._write(trainer, pl_module, outputs, batch, batch_idx)
+        elif isinstance(outputs, Rows):
+            with _writing(self.folder):
+                self._append(outputs.name, trainer.global_rank, outputs.rows)
+
+    def _append(self, name: str, rank: int, rows: Iterable[dict[str, Any]]) -> None:
+        # A key may hold bytes that are no UTF-8; backslashes are how JSON writes such.
+        path = self.folder / f"{name}-{rank}.jsonl"
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def _write(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Completion, batch: Batch, batch_idx: int
     ) -> None:
         tokenizer: Any = getattr(pl_module, "tokenizer", None)
         if outputs.input_ids is not None:
-            path = self.folder / f"words-{trainer.global_rank}.jsonl"
-            # A key may hold bytes that are no UTF-8; backslashes are how JSON writes such.
-            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                for i, key in enumerate(batch.keys):
-                    if batch.valid is None or bool(batch.valid[i]):
-                        file.write(json.dumps(_words(outputs, i, key, tokenizer), ensure_ascii=False) + "\n")
+            valid = [True] * batch.size if batch.valid is None else batch.valid.tolist()
+            chosen = [(i, key) for i, key in enumerate(batch.keys) if valid[i]]
+            self._append("words", trainer.global_rank, (_words(outputs, i, key, tokenizer) for i, key in chosen))
         if self.pictures and batch_idx < self.grids:
             few = Completion._make(None if x is None else x[: self.pictures] for x in outputs)
             draw_grid(few, tokenizer).save(self.folder / f"batch-{batch_idx:05d}-{trainer.global_rank}.png")
