@@ -15,9 +15,21 @@ _HOME = {
     "PairClassifier": "mmssl.finetune.classifiers",
     "DataModule": "mmssl.data.datamodule",
     "Backbone": "mmssl.backbone",
+    "load_backbone": "mmssl.pretrained",
+    "Pretrained": "mmssl.pretrained",
     "SampleLedger": "mmssl.training.callbacks.ledger",
 }
-__all__ = ["MAE", "MLM", "MMM", "Backbone", "DataModule", "SampleLedger"]
+__all__ = [
+    "MAE",
+    "MLM",
+    "MMM",
+    "Backbone",
+    "DataModule",
+    "ImageClassifier",
+    "PairClassifier",
+    "SampleLedger",
+    "TextClassifier",
+]
 
 
 def __getattr__(name: str) -> Any:

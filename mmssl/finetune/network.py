@@ -1,0 +1,127 @@
+"""The device's half of classification: backbone, pooling, head.
+
+Axes: B samples, D width, K classes, T text tokens of the batch, S segments (B, or B + 1 with padding).
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from mmssl.backbone import Backbone, Encoded
+from mmssl.draws import mix
+from mmssl.types import Batch, Text, segment_ids
+
+Pool = Literal["mean", "cls"]
+
+
+class Logits(NamedTuple):
+    """``targets``: distributions over the classes where pictures were mixed, else None."""
+
+    logits: Float[Tensor, "B K"]
+    targets: Float[Tensor, "B K"] | None = None
+
+
+class Mixing:
+    """MixUp (Zhang et al. 2018) or CutMix (Yun et al. 2019), each half of the time where both are on.
+
+    What is drawn is a function of the batch's number and the rank: a resumed run mixes alike.
+
+    Args:
+        mixup, cutmix: alpha of the Beta distribution that the share of the second picture comes from; 0 is off.
+        num_classes: number of classes.
+
+    Raises:
+        ValueError: for an alpha below 0.
+    """
+
+    def __init__(self, mixup: float, cutmix: float, num_classes: int) -> None:
+        for name, alpha in {"mixup": mixup, "cutmix": cutmix}.items():
+            if alpha < 0:
+                raise ValueError(f"{name} is {alpha}; give the alpha of a Beta distribution above 0, or 0 for none")
+        kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+        self._kinds = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
+
+    def __bool__(self) -> bool:
+        return bool(self._kinds)
+
+    def __call__(
+        self, pixels: Float[Tensor, "B C H W"], batch: Batch, rank: int
+    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K"]]:
+        """(mixed pictures, shares of the classes)."""
+        draw = mix(batch.index, rank) >> 1  # 63 bits, as seeds are
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator of the CPU
+            torch.default_generator.manual_seed(draw)
+            pixels, targets = self._kinds[draw % len(self._kinds)](pixels, batch.labels)
+        return pixels, targets
+
+
+class ClassifierNetwork(nn.Module):
+    """Batch to logits.
+
+    Args:
+        pool: "mean" over all patches and text tokens (special ones included), or "cls": the class token, for texts
+            alone their first token.
+        frozen: features are computed without gradients and without stochastic depth.
+        head_norm: a BatchNorm without parameters before the head, as in MAE's linear probe.
+
+    Raises:
+        ValueError: an unknown pool, or "cls" for pictures where the backbone has no class token.
+    """
+
+    def __init__(
+        self, backbone: Backbone, needs: tuple[str, ...], num_classes: int, pool: Pool, frozen: bool, head_norm: bool
+    ) -> None:
+        super().__init__()
+        if pool not in get_args(Pool):
+            raise ValueError(f"pool is {pool!r}; choose mean or cls")
+        if pool == "cls" and "image" in needs and getattr(backbone.vit, "cls_token", None) is None:
+            raise ValueError("pool is cls, but this backbone has no class token; take pool: mean")
+        self.backbone, self.pool, self.frozen = backbone, pool, frozen
+        norm = nn.BatchNorm1d(backbone.embed_dim, affine=False, eps=1e-6) if head_norm else nn.Identity()
+        linear = nn.Linear(backbone.embed_dim, num_classes)
+        nn.init.trunc_normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
+        self.head = nn.Sequential(norm, linear)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(backbone.pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(backbone.pixel_std).view(-1, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> "ClassifierNetwork":
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def forward(self, batch: Batch, mixing: Mixing | None = None, rank: int = 0) -> Logits:
+        pixels = targets = None
+        if batch.image is not None:
+            pixels = (batch.image.pixels.float() / 255 - self.mean) / self.std
+            if mixing:
+                pixels, targets = mixing(pixels, batch, rank)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.pooled(self.backbone(pixels, None, batch.text), batch.text, batch.size)
+        return Logits(self.head(features), targets)
+
+    def pooled(self, encoded: Encoded, text: Text | None, samples: int) -> Float[Tensor, "B D"]:
+        """One vector for each sample."""
+        if self.pool == "cls":
+            if encoded.prefix is not None:
+                return encoded.prefix[:, 0]
+            assert encoded.text is not None
+            assert text is not None
+            return encoded.text[text.cu_seqlens[:samples].long()]
+        total: Tensor | float = 0.0
+        count: Tensor | int = 0
+        if encoded.patches is not None:
+            total, count = encoded.patches.sum(1), encoded.patches.shape[1]
+        if encoded.text is not None and text is not None:
+            of_text = encoded.text.new_zeros(len(text.cu_seqlens) - 1, encoded.text.shape[1])  # S, D
+            of_text = of_text.index_add(0, segment_ids(text.cu_seqlens, len(encoded.text)), encoded.text)
+            total = total + of_text[:samples]
+            count = count + text.cu_seqlens.diff()[:samples, None]
+        assert isinstance(total, Tensor)
+        return total / count
