@@ -81,3 +81,22 @@ def pair_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     from pairs import write_shards
 
     return write_shards(tmp_path_factory.mktemp("pairs"), 64)
+
+
+@pytest.fixture(scope="session")
+def joint_run(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str, pair_shards: str) -> Path:
+    """A joint model with text experts, trained for four steps."""
+    from pairs import TINY
+    from runs import SMALL, train
+
+    options = {**TINY, "experts": True, "drop_path_rate": 0.1}
+    folder = tmp_path_factory.mktemp("joint") / "run"
+    return train(folder, "MMM", pair_shards, tokenizer=tokenizer_path, max_tokens=12, backbone_options=options, **SMALL)
+
+
+@pytest.fixture(scope="session")
+def image_run(tmp_path_factory: pytest.TempPathFactory, pair_shards: str) -> Path:
+    """A masked autoencoder, trained for four steps."""
+    from runs import SMALL, train
+
+    return train(tmp_path_factory.mktemp("image") / "run", "MAE", pair_shards, **SMALL)

@@ -80,6 +80,19 @@ def load_image(data: bytes, crop: Crop, draws: Draws, max_pixels: int = 64_000_0
     return view.take(pixels)
 
 
+def rgb_pixels(image: PIL.Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    """The pixels of an opened picture as :func:`decode_image` would give them: RGB, upright, over white.
+
+    Raises:
+        BadSample: ``truncated`` or ``unreadable_image``.
+    """
+    try:
+        return np.array(_to_rgb(PIL.ImageOps.exif_transpose(image)))
+    except _PILLOW_ERRORS as error:
+        reason = "truncated" if "truncated" in str(error).lower() else "unreadable_image"
+        raise BadSample(reason, str(error)) from None
+
+
 def stack(pictures: Sequence[UInt8[Tensor, "3 S S"]]) -> UInt8[Tensor, "B 3 S S"]:
     """One batch, with channels-last strides as its pictures; in a loader's worker in the memory it is sent through."""
     first = pictures[0].permute(1, 2, 0)

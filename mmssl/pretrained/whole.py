@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -94,3 +95,14 @@ def latest_checkpoint(folder: str | Path, say: Callable[[str], None] | None = No
     if found:
         raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} is whole; start a new run")
     raise CheckpointError(f"there is no checkpoint in {folder}; start without --resume, under another name")
+
+
+FORMAT = 1  # of checkpoints and exports; raised when what older versions wrote reads differently
+
+
+def check_format(found: Any, where: str) -> None:
+    """Raises ValueError for a file that a newer version of mmssl wrote."""
+    if found is not None and (not isinstance(found, int) or found > FORMAT):
+        raise ValueError(
+            f"{where} was written by a newer mmssl (format {found}, this one reads up to {FORMAT}); upgrade mmssl"
+        )

@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from mmssl.pretrained.whole import FORMAT, check_format
 from mmssl.training.optim import adamw, warmup_cosine
 from mmssl.types import Batch, Loss, Prepare
 
@@ -115,12 +116,14 @@ class PretrainModule(LightningModule):
     # ---- what a checkpoint must agree with
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mmssl_format"] = FORMAT
         checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
         if (digest := self._tokenizer_digest()) is not None:
             checkpoint["tokenizer_sha256"] = digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises ValueError for another tokenizer than the weights', and for other windows than the run's."""
+        """Raises ValueError for a newer mmssl's file, another tokenizer than the weights', or other windows."""
+        check_format(checkpoint.get("mmssl_format"), "the checkpoint")
         saved, mine = checkpoint.get("tokenizer_sha256"), self._tokenizer_digest()
         if saved is not None and mine is not None and saved != mine:
             raise ValueError(
