@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import lightning
 import yaml
 from pairs import TINY
 
@@ -31,3 +32,12 @@ def train(folder: Path, objective: str, shards: str, callbacks: list[Any] | None
     path.write_text(yaml.safe_dump(config))
     assert main(["fit", "--config", str(path), "--run", str(folder)]) == 0
     return folder
+
+
+def save_untrained(module: lightning.LightningModule, path: Path) -> Path:
+    """What ``trainer.save_checkpoint`` writes of a module, without training it."""
+    trainer = lightning.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
+    trainer.strategy.connect(module)
+    module.trainer = trainer
+    trainer.save_checkpoint(path)
+    return path

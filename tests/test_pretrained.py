@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from pairs import caption, picture
 from PIL import Image as PILImage
+from runs import save_untrained, train
 from torch import Tensor
 
 import mmssl
@@ -141,15 +142,9 @@ def test_bad_input_is_told(loaded: mmssl.Pretrained, call: Any, said: str):
 
 
 def test_a_backbone_without_class_token_pools_by_the_mean(tmp_path: Path):
-    import lightning
-
     options = {"img_size": 32, "patch_size": 8, "options": {"embed_dim": 48, "depth": 1, "num_heads": 4}}
     module = mmssl.MAE(backbone="vit_base_patch16_siglip_224", backbone_options=options, decoder_embed_dim=32)
-    trainer = lightning.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
-    trainer.strategy.connect(module)
-    module.trainer = trainer
-    trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    loaded = mmssl.load_backbone(tmp_path / "plain.ckpt")
+    loaded = mmssl.load_backbone(save_untrained(module, tmp_path / "plain.ckpt"))
     encoded = loaded.encode_image(uint8())
     assert encoded.tokens.shape == (COUNT, 16, 48)
     assert torch.allclose(encoded.pooled, encoded.tokens.mean(1), atol=1e-6)
@@ -272,8 +267,6 @@ def test_a_sharded_checkpoint_runs_no_code(joint_run: Path, tmp_path: Path):
 
 
 def test_the_average_is_asked_for(tmp_path: Path, tokenizer_path: str, pair_shards: str, joint_run: Path):
-    from runs import train
-
     average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}
     run = train(tmp_path / "run", "MLM", pair_shards, [average], tokenizer=tokenizer_path, max_tokens=16)
     content = torch.load(newest(run), weights_only=True)

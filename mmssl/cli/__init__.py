@@ -40,6 +40,7 @@ COMMANDS = {
     "validate": Command("measure a run on its validation data: mmssl validate --run runs/NAME"),
     "test": Command("measure a run on its test data: mmssl test --run runs/NAME"),
     "predict": Command("write a run's guesses to its folder: mmssl predict --run runs/NAME"),
+    "export": Command("write a backbone for timm and load_backbone: mmssl export RUN --out DIR", "mmssl.export:export"),
     "report": Command("print and save what a run has learnt: mmssl report runs/NAME", "mmssl.report:report"),
     "tokenizer train": Command("train a tokenizer on text", "mmssl.data.tokenizer:train_from_shards"),
     "shards index": Command("index tar shards before training", "mmssl.cli.shards:index"),

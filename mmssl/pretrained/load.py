@@ -39,7 +39,23 @@ def load_backbone(
             missing or another one, or it has no EMA weights.
         CheckpointError: a file is damaged or cut short.
     """
-    found = find_source(source, weights)
+    return build(
+        find_source(source, weights),
+        img_size=img_size,
+        drop_path_rate=drop_path_rate,
+        grad_checkpointing=grad_checkpointing,
+    )
+
+
+def build(
+    found: Source, *, img_size: int | None = None, drop_path_rate: float = 0.0, grad_checkpointing: bool = False
+) -> Pretrained:
+    """The backbone of a source, see :func:`load_backbone`.
+
+    Raises:
+        ValueError: the source does not fit the model that it names.
+        CheckpointError: a file is damaged or cut short.
+    """
     own = {"drop_path_rate": drop_path_rate, "grad_checkpointing": grad_checkpointing}
     options = {**found.options, **own, "img_size": img_size or found.options.get("img_size")}
     if not found.has_text:

@@ -1,0 +1,271 @@
+"""``mmssl export RUN --out DIR``: a folder that plain timm opens for the image side, and ``mmssl.load_backbone`` whole.
+
+    model.safetensors   the image side under plain timm's names
+    text.safetensors    what text adds, by the names of mmssl.Backbone (embeddings, experts); only where there is text
+    config.json         timm's description of a model, and a section "mmssl"
+    tokenizer.json      only where there is text
+    README.md           the model card
+
+Two files of weights, because timm loads ``model.safetensors`` strictly: a tensor that it does not know is an error.
+"""
+
+import csv
+import inspect
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmssl import __version__
+from mmssl.backbone import Backbone
+from mmssl.pretrained.load import build
+from mmssl.pretrained.model import Pretrained
+from mmssl.pretrained.sources import CONFIG_FILE, IMAGE_FILE, TEXT_FILE, TOKENIZER_FILE, Weights, find_source, sha256
+from mmssl.pretrained.whole import FORMAT, CheckpointError, first_line
+
+CARD_FILE = "README.md"
+
+
+def export(
+    run: str, out: str = "", weights: Weights = "online", push: str = "", public: bool = False, dry_run: bool = False
+) -> None:
+    """Write a run's backbone to a folder that timm and mmssl.load_backbone open.
+
+    Args:
+        run: the run's folder, a checkpoint, or a sharded checkpoint's folder.
+        out: the folder to write; must not exist.
+        weights: online, or ema where the run kept an average.
+        push: owner/name of a repository on the Hugging Face hub to upload the folder to; made if it does not exist.
+        public: make the repository public, if it is made.
+        dry_run: with --push, say what would be uploaded and upload nothing.
+
+    Raises:
+        ValueError: ``out`` is missing or exists, ``run`` cannot be loaded, or the hub refuses.
+    """
+    if not out:
+        raise ValueError("where to is not said; give --out DIR, a folder that does not exist yet")
+    if dry_run and not push:
+        raise ValueError("--dry_run is about --push; give --push owner/name as well")
+    if push:
+        _check_repository(push)
+    target = Path(out)
+    write_export(run, target, weights)
+    print(f"{target}: {', '.join(path.name for path in sorted(target.iterdir()))}")
+    print(f'  timm.create_model("local-dir:{target}", pretrained=True)\n  mmssl.load_backbone("{target}")')
+    if push:
+        upload(target, push, public, dry_run)
+
+
+def write_export(run: str | Path, target: Path, weights: Weights = "online") -> None:
+    """Write the folder ``target``, whole or not at all.
+
+    Raises:
+        ValueError: ``target`` exists, or ``run`` cannot be loaded.
+        CheckpointError: a checkpoint is damaged, or ``target`` cannot be written.
+    """
+    if target.exists() or target.is_symlink():
+        raise ValueError(f"{target} exists, and nothing is overwritten; remove it, or give another --out")
+    found = find_source(run, weights)
+    model = build(found)
+    image, text = _split(model.backbone)
+    config = _config(model, found.backbone, found.options)
+    _check_timm(config, image)
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.absolute().with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        save_file(image, temporary / IMAGE_FILE, {"format": "pt"})
+        if model.tokenizer is not None:
+            save_file(text, temporary / TEXT_FILE, {"format": "pt"})
+            (temporary / TOKENIZER_FILE).write_text(model.tokenizer.to_json(), encoding="utf-8")
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (temporary / CARD_FILE).write_text(_card(model, config, _scores(Path(run))), encoding="utf-8")
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if target.exists():
+            raise ValueError(f"{target} came into being meanwhile, and nothing is overwritten; give another --out")
+        temporary.rename(target)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {target}: {first_line(error)}; free some space, or give another --out"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _split(backbone: Backbone) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the image side by timm's names, what text adds by the backbone's names)."""
+    image = {name: value.contiguous() for name, value in backbone.timm_state_dict().items()}
+    rest = backbone.state_dict()
+    text = {
+        n: v.contiguous() for n, v in rest.items() if not n.startswith("vit.") or n.removeprefix("vit.") not in image
+    }
+    return image, text
+
+
+def _config(model: Pretrained, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """config.json: timm's keys, and what ``load_backbone`` needs beside them."""
+    backbone, size = model.backbone, model.img_size
+    has_class = backbone.vit.cls_token is not None
+    arguments = {
+        "img_size": size,
+        "patch_size": backbone.patch_size,
+        **(options.get("options") or {}),
+        "global_pool": "token" if has_class else "avg",
+    }
+    # The last norm stands before the pooling, as in pretraining; by default timm puts it behind where it pools by mean.
+    known = inspect.signature(type(backbone.vit)).parameters
+    arguments |= {key: False for key in ("fc_norm", "use_fc_norm") if key in known}
+    about = {key: value for key, value in model.about.items() if key != "weights"}
+    return {
+        "architecture": name.partition(".")[0],
+        "num_classes": 0,
+        "num_features": model.embed_dim,
+        "global_pool": arguments["global_pool"],
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "tag": "mmssl",
+            "custom_load": False,
+            "input_size": [3, size, size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": list(backbone.pixel_mean),
+            "std": list(backbone.pixel_std),
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+        "mmssl": {
+            "format": FORMAT,
+            "version": __version__,
+            "backbone": name,
+            "options": {
+                **{key: value for key, value in options.items() if key not in ("drop_path_rate", "grad_checkpointing")},
+                "img_size": size,
+                "patch_size": backbone.patch_size,
+            },
+            "weights": model.about["weights"],
+            "has_text": model.tokenizer is not None,
+            "tokenizer_sha256": None if model.tokenizer is None else sha256(model.tokenizer),
+            "about": about,
+        },
+    }
+
+
+def _check_timm(config: dict[str, Any], image: dict[str, Tensor]) -> None:
+    """Raises ValueError unless plain timm, told what config.json says, builds a model with just these tensors."""
+    with torch.device("meta"):
+        plain = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
+    theirs = {name: value.shape for name, value in plain.state_dict().items()}
+    if theirs != {name: value.shape for name, value in image.items()}:
+        differ = sorted(set(theirs) ^ set(image)) or sorted(n for n in image if theirs[n] != image[n].shape)
+        raise ValueError(
+            f"plain timm {timm.__version__} builds another {config['architecture']} than the backbone "
+            f"({', '.join(differ[:3])}); use the timm that trained it"
+        )
+
+
+def _scores(run: Path) -> dict[str, str]:
+    """The last value of every validation metric that the run logged."""
+    path = next((p for p in (run / "metrics.csv", run.parent.parent / "metrics.csv") if p.is_file()), None)
+    last: dict[str, str] = {}
+    if path is not None:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                last |= {key: f"{float(v):.4g}" for key, v in row.items() if key.startswith("val/") and v}
+    return last
+
+
+def _card(model: Pretrained, config: dict[str, Any], scores: dict[str, str]) -> str:
+    """The model card."""
+    about, text = model.about, model.tokenizer is not None
+    sizes = f"{sum(p.numel() for p in model.backbone.parameters()) / 1e6:.1f} M parameters, {model.embed_dim} wide"
+    facts = {
+        "objective": about.get("objective") or "unknown",
+        "architecture": f"`{config['architecture']}` of timm, {sizes}",
+        "pictures": f"{model.img_size} x {model.img_size} pixels, patches of {model.backbone.patch_size}",
+        "text": f"{model.backbone.max_text_tokens} tokens, vocabulary of {model.tokenizer.vocab_size}"
+        if model.tokenizer
+        else "none",
+        "weights": about["weights"],
+        "steps": about.get("step"),
+        **{f"data: {name}": f"fingerprint {value}" for name, value in (about.get("data") or {}).items()},
+        "mmssl": __version__,
+    }
+    lines = ["---", "library_name: timm", "tags: [mmssl, masked-pretraining, feature-extraction]", "---", ""]
+    lines += ["# Backbone pretrained with mmssl", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    lines += ["", "Pixels in [0, 1] are normalised with the mean and std in config.json; there is no head.", ""]
+    if not text:
+        lines += ["It was pretrained on pictures alone.", ""]
+    elif "image" not in _trained_on(about):
+        lines += ["It was pretrained on text alone: its patch embedding and its picture positions are untrained.", ""]
+    lines += ["```python", "import mmssl, timm", ""]
+    lines += ['model = mmssl.load_backbone("DIR")', "features = model.encode_image(pictures).pooled"]
+    lines += ["features = model.encode_text(texts).pooled"] if text else []
+    lines += ['image_side = timm.create_model("local-dir:DIR", pretrained=True)', "```", ""]
+    lines += ["## Scores on the run's validation data", ""]
+    lines += [f"- {name}: {value}" for name, value in scores.items()] or ["None was logged."]
+    lines += [
+        "",
+        "## Recipe",
+        "",
+        "```yaml",
+        yaml.safe_dump(about.get("recipe") or {}, sort_keys=False).rstrip(),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _trained_on(about: dict[str, Any]) -> tuple[str, ...]:
+    return ("text",) if str(about.get("objective")).rpartition(".")[2] == "MLM" else ("image", "text")
+
+
+def _check_repository(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"--push {name}: a repository is named owner/name ({first_line(error)})") from error
+    if "/" not in name:
+        raise ValueError(f"--push {name}: a repository is named owner/name, and there is no owner")
+
+
+def upload(folder: Path, repository: str, public: bool, dry_run: bool) -> None:
+    """Upload an exported folder to the Hugging Face hub, or say what would be.
+
+    Raises:
+        ValueError: no network, no login, or a refusal of the hub.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    size = sum(path.stat().st_size for path in files) / 1e6
+    what = f"{len(files)} files, {size:.1f} MB, to {repository} ({'public' if public else 'private'} if new)"
+    if dry_run:
+        print(f"would upload {what}: {', '.join(path.name for path in files)}")
+        return
+    try:
+        huggingface_hub.create_repo(repository, private=not public, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export of mmssl")
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"--push {repository}: the hub did not take it ({first_line(error)}); {folder} is written and whole: "
+            "check the network and your login (hf auth login)"
+        ) from error
+    print(f"uploaded {what}")

@@ -1,0 +1,245 @@
+"""``mmssl export``: the folder opens in plain timm and in mmssl.load_backbone, and is whole or absent."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+import yaml
+from pairs import caption, picture
+from runs import save_untrained
+from safetensors.torch import load_file
+from timm.data import create_transform, resolve_model_data_config
+
+import mmssl
+from mmssl import export as module
+from mmssl.cli import main
+from mmssl.data.images import decode_image
+from mmssl.export import write_export
+from mmssl.pretrained.whole import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def exported(joint_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "out"
+    assert main(["export", str(joint_run), "--out", str(folder)]) == 0
+    return folder
+
+
+def pixels(size: int = 32) -> torch.Tensor:
+    return torch.stack([decode_image(picture(i, size)) for i in range(4)])
+
+
+def normalised(model: mmssl.Pretrained, size: int = 32) -> torch.Tensor:
+    return (pixels(size).float() / 255 - model.mean) / model.std
+
+
+def assert_equal(one: mmssl.Pretrained, other: mmssl.Pretrained) -> None:
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ---- it opens
+
+
+def test_a_round_trip_is_equal_to_the_bit(joint_run: Path, exported: Path):
+    before, after = mmssl.load_backbone(joint_run), mmssl.load_backbone(exported)
+    assert_equal(before, after)
+    texts = [caption(i) for i in range(4)]
+    with torch.no_grad():
+        assert torch.equal(before.encode_pair(pixels(), texts).tokens, after.encode_pair(pixels(), texts).tokens)
+    assert after.tokenizer.to_json() == (joint_run / "tokenizer.json").read_text()
+    assert after.about["step"] == 4
+    assert_equal(mmssl.load_backbone(exported / "model.safetensors"), after)
+
+
+def test_an_export_can_be_exported(exported: Path, tmp_path: Path):
+    write_export(exported, tmp_path / "again")
+    for name in ("model.safetensors", "text.safetensors", "tokenizer.json", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes()
+
+
+def test_plain_timm_opens_the_image_side(exported: Path):
+    ours = mmssl.load_backbone(exported)
+    plain = timm.create_model(f"local-dir:{exported}", pretrained=True).eval()
+    assert plain.load_state_dict(load_file(exported / "model.safetensors"), strict=True)
+    with torch.no_grad():
+        theirs = plain.forward_features(normalised(ours))
+        assert torch.allclose(theirs, ours.encode_image(pixels()).tokens, rtol=0, atol=1e-6)
+        assert torch.allclose(plain(normalised(ours)), ours.encode_image(pixels()).pooled, rtol=0, atol=1e-6)
+    classifier = timm.create_model(f"local-dir:{exported}", pretrained=True, num_classes=3)
+    assert torch.equal(classifier.patch_embed.proj.weight, plain.patch_embed.proj.weight)
+    transform = resolve_model_data_config(plain)
+    assert transform["input_size"] == (3, 32, 32)
+    assert tuple(transform["mean"]) == ours.backbone.pixel_mean
+    assert create_transform(**transform) is not None
+
+
+def test_plain_timm_opens_it_at_another_resolution(exported: Path):
+    ours = mmssl.load_backbone(exported, img_size=48)
+    plain = timm.create_model(f"local-dir:{exported}", pretrained=True, img_size=48).eval()
+    with torch.no_grad():
+        theirs = plain.forward_features(normalised(ours, 48))
+        assert torch.allclose(theirs, ours.encode_image(pixels(48)).tokens, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_base_patch16_siglip_224", {"num_heads": 4}),
+        ("vit_small_patch14_reg4_dinov2", {"num_heads": 4}),
+        ("vit_base_patch16_clip_224", {"num_heads": 4}),
+        ("deit3_small_patch16_224", {"num_heads": 4}),
+        ("vit_base_patch16_rpn_224", {"num_heads": 4}),
+        ("eva02_tiny_patch14_224", {"num_heads": 4}),
+        ("vit_small_patch16_dinov3", {"num_heads": 4}),
+        ("vit_small_patch16_rope_mixed_224", {"num_heads": 4}),
+    ],
+)
+def test_every_family_of_timm(tmp_path: Path, name: str, options: dict[str, Any]):
+    """Prefix tokens, rotary positions, norms and pooling differ; both sizes must agree with plain timm."""
+    small = {"img_size": 32, "patch_size": 8, "options": {"embed_dim": 48, "depth": 2, **options}}
+    run = mmssl.MAE(backbone=name, backbone_options=small, decoder_embed_dim=32, decoder_depth=1)
+    folder = tmp_path / "out"
+    write_export(save_untrained(run, tmp_path / "a.ckpt"), folder)
+    for size in (32, 48):
+        ours = mmssl.load_backbone(folder, img_size=size)
+        plain = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=size).eval()
+        with torch.no_grad():
+            encoded = ours.encode_image(pixels(size))
+            theirs = plain.forward_features(normalised(ours, size))
+            assert torch.allclose(theirs, encoded.tokens, rtol=0, atol=1e-6)
+            assert torch.allclose(plain(normalised(ours, size)), encoded.pooled, rtol=0, atol=1e-6)
+
+
+def test_an_image_model_has_no_text_files(image_run: Path, tmp_path: Path):
+    write_export(image_run, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"model.safetensors", "config.json", "README.md"}
+    assert mmssl.load_backbone(tmp_path / "out").tokenizer is None
+
+
+def test_the_card_says_where_it_comes_from(exported: Path):
+    card = (exported / "README.md").read_text()
+    front, recipe = card.split("---")[1], card.split("```yaml")[1].split("```")[0]
+    assert yaml.safe_load(front)["library_name"] == "timm"
+    assert yaml.safe_load(recipe)["image_mask_ratio"] == 0.75
+    for fact in ("mmssl.MMM", "64 samples in 2 shards", "val/loss: ", "online", "12 tokens"):
+        assert fact in card
+
+
+# ---- whole or absent
+
+
+def test_nothing_is_overwritten(joint_run: Path, tmp_path: Path, capsys: Any):
+    (tmp_path / "out").mkdir()
+    assert main(["export", str(joint_run), "--out", str(tmp_path / "out")]) == 2
+    assert "exists, and nothing is overwritten" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+    assert main(["export", str(joint_run)]) == 2
+    assert "give --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("when", ["save_file", "_card"])
+def test_a_failure_leaves_nothing(joint_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str):
+    def fail(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, when, fail)
+    with pytest.raises(CheckpointError, match=r"cannot write .*No space left"):
+        write_export(joint_run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_exported_is_one_line(joint_run: Path, tmp_path: Path, capsys: Any):
+    run = shutil.copytree(joint_run, tmp_path / "run")
+    (run / "tokenizer.json").write_text((run / "tokenizer.json").read_text().replace("square", "sqware"))
+    for checkpoint in (run / "checkpoints").iterdir():
+        shutil.copy(checkpoint, tmp_path / "cut.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "cut.ckpt").read_bytes()[:9000])
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.ckpt")
+    for source in (run, tmp_path / "cut.ckpt", tmp_path / "foreign.ckpt", tmp_path / "nothing"):
+        assert main(["export", str(source), "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("mmssl: error: ")
+        assert "\n" not in error
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("newer", "newer mmssl"),
+        ("plain timm", "no export of mmssl"),
+        ("cut weights", "damaged or cut short"),
+        ("no text weights", "damaged or cut short"),
+        ("no tokenizer", "no tokenizer"),
+        ("other tokenizer", "not the tokenizer"),
+        ("no json", "cannot be read"),
+    ],
+)
+def test_a_spoiled_export_is_one_line(exported: Path, tmp_path: Path, how: str, said: str):
+    folder = shutil.copytree(exported, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    if how == "newer":
+        config["mmssl"]["format"] = 2
+    elif how == "plain timm":
+        del config["mmssl"]
+    elif how == "cut weights":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    elif how == "no text weights":
+        (folder / "text.safetensors").unlink()
+    elif how == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif how == "other tokenizer":
+        shutil.copy(exported / "tokenizer.json", folder / "tokenizer.json")
+        text = (folder / "tokenizer.json").read_text()
+        (folder / "tokenizer.json").write_text(text.replace("square", "sqware"))
+    (folder / "config.json").write_text("{" if how == "no json" else json.dumps(config))
+    with pytest.raises((ValueError, CheckpointError), match=said) as raised:
+        mmssl.load_backbone(folder)
+    assert "\n" not in str(raised.value)
+
+
+# ---- the hub
+
+
+def test_an_id_of_the_hub_is_fetched(exported: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def snapshot(repository: str, **options: Any) -> str:
+        asked.append(repository)
+        return str(exported)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert_equal(mmssl.load_backbone("someone/backbone"), mmssl.load_backbone(exported))
+    assert_equal(mmssl.load_backbone("hf://someone/other"), mmssl.load_backbone(exported))
+    assert asked == ["someone/backbone", "someone/other"]
+
+
+def test_without_a_network_the_hub_is_one_line():
+    with pytest.raises(ValueError, match="the hub does not give it") as raised:
+        mmssl.load_backbone("someone/backbone")
+    assert "\n" not in str(raised.value)
+
+
+def test_push(joint_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    calls: list[tuple[str, Any]] = []
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **o: calls.append((name, o["private"])))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **o: calls.append((o["repo_id"], o["folder_path"])))
+    command = ["export", str(joint_run), "--push", "someone/backbone", "--out"]
+    assert main([*command, str(tmp_path / "dry"), "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert calls == []
+    assert "would upload 5 files" in said
+    assert "model.safetensors" in said
+    assert main([*command, str(tmp_path / "real")]) == 0
+    assert calls == [("someone/backbone", True), ("someone/backbone", tmp_path / "real")]
+    assert main(["export", str(joint_run), "--out", str(tmp_path / "no"), "--push", "nobody"]) == 2
+    assert "owner/name" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
