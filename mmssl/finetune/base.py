@@ -13,9 +13,10 @@ from mmssl.backbone import Backbone, make_backbone
 from mmssl.data.crops import Crop
 from mmssl.data.tokenizer import TextTokenizer
 from mmssl.finetune.labels import Labels
-from mmssl.finetune.layers import freeze, layer_groups, layer_ids, set_drop_path
+from mmssl.finetune.layers import freeze, layer_groups, layer_ids
 from mmssl.finetune.network import ClassifierNetwork, Logits, Pool
 from mmssl.finetune.prepare import PrepareLabelled, Tokens
+from mmssl.pretrained import Pretrained, load_backbone
 from mmssl.training.module import PretrainModule, Rows
 from mmssl.types import Batch, Loss
 
@@ -33,6 +34,7 @@ class Classifier(PretrainModule):
         backbone_weights: online, or ema where the source has them.
         backbone_name, backbone_options: without a source, a timm model and further arguments of
             :class:`mmssl.Backbone`.
+        img_size: another picture size in pixels than that of pretraining; positions are interpolated.
         label_key: field of the sample's .json that holds the class; null for the .cls.
         pool: mean over all patches and text tokens, or cls, the class token (of texts alone: their first).
         mode: full trains everything; linear_probe the head alone, on features of the backbone as it stands.
@@ -62,6 +64,7 @@ class Classifier(PretrainModule):
         backbone_weights: Weights = "online",
         backbone_name: str | None = None,
         backbone_options: dict[str, Any] | None = None,
+        img_size: int | None = None,
         label_key: str | None = None,
         pool: Pool = "mean",
         mode: Mode = "full",
@@ -89,14 +92,19 @@ class Classifier(PretrainModule):
                 raise ValueError(f"{name} is {part}; it must lie in [0, 1)")
         self.num_classes, self.label_key = num_classes, label_key
         self.layer_decay, self.label_smoothing = layer_decay, label_smoothing
-        if backbone is None:
-            encoder = self._from_scratch(backbone_name, backbone_options, tokenizer, max_tokens)
-        elif backbone_name is not None or backbone_options:
+        self._max_tokens = max_tokens
+        if backbone is not None and (backbone_name is not None or backbone_options):
             raise ValueError("backbone names a source, which knows its own model; leave out backbone_name and _options")
+        if backbone is not None:
+            pretrained = load_backbone(
+                backbone, weights=backbone_weights, img_size=img_size, drop_path_rate=drop_path_rate
+            )
+            encoder = pretrained.backbone.train()
+            self._take_tokenizer(backbone, pretrained, tokenizer)
         else:
-            encoder = self._loaded(backbone, backbone_weights, tokenizer, max_tokens)
+            options = {"img_size": img_size, "drop_path_rate": drop_path_rate, **(backbone_options or {})}
+            encoder = self._from_scratch(backbone_name, options, tokenizer)
         encoder.freeze_unused(self.needs)
-        set_drop_path(encoder, drop_path_rate)
         probe = mode == "linear_probe"
         if probe:
             encoder.requires_grad_(False)
@@ -108,9 +116,7 @@ class Classifier(PretrainModule):
             metrics["accuracy_top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
         self.metrics = MetricCollection(metrics, compute_groups=False)
 
-    def _from_scratch(
-        self, name: str | None, options: dict[str, Any] | None, tokenizer: str | None, max_tokens: int | None
-    ) -> Backbone:
+    def _from_scratch(self, name: str | None, options: dict[str, Any], tokenizer: str | None) -> Backbone:
         if name is None:
             raise ValueError("neither backbone nor backbone_name is given; name a pretrained source or a timm model")
         if "text" not in self.needs:
@@ -118,31 +124,26 @@ class Classifier(PretrainModule):
         if tokenizer is None:
             raise ValueError("tokenizer is not given, and no pretrained backbone has one; name a tokenizer.json")
         self.tokenizer = TextTokenizer(tokenizer)
-        self.max_tokens = max_tokens or 128
+        self.max_tokens = self._max_tokens or 128
         fixed = {"vocab_size": self.tokenizer.vocab_size, "max_text_tokens": self.max_tokens}
         return make_backbone(name, options, self.needs, **fixed)
 
-    def _loaded(self, source: str, weights: Weights, tokenizer: str | None, max_tokens: int | None) -> Backbone:
-        from mmssl.pretrained import load_backbone
-
-        pretrained = load_backbone(source, weights=weights)
-        encoder = cast(Backbone, pretrained.backbone)
+    def _take_tokenizer(self, source: str, pretrained: Pretrained, tokenizer: str | None) -> None:
         if "text" not in self.needs:
-            return encoder
-        if encoder.text is None or pretrained.tokenizer is None:
+            return
+        if pretrained.tokenizer is None:
             raise ValueError(
-                f"backbone {source} was pretrained without text; {type(self).__name__} needs one with a tokenizer "
+                f"backbone {source} was pretrained without text; {type(self).__name__} needs one that knows text "
                 "(mmssl.MLM, mmssl.MMM)"
             )
         if tokenizer is not None and TextTokenizer(tokenizer).to_json() != pretrained.tokenizer.to_json():
             raise ValueError(f"tokenizer {tokenizer} is not the one of backbone {source}; leave it out")
-        room = encoder.max_text_tokens
-        if max_tokens is not None and max_tokens > room:
+        room = pretrained.backbone.max_text_tokens
+        self.tokenizer, self.max_tokens = pretrained.tokenizer, self._max_tokens or room
+        if self.max_tokens > room:
             raise ValueError(
-                f"max_tokens is {max_tokens}, but backbone {source} has {room} positions; give at most {room}"
+                f"max_tokens is {self.max_tokens}, but backbone {source} has {room} positions; give no more"
             )
-        self.tokenizer, self.max_tokens = pretrained.tokenizer, max_tokens or room
-        return encoder
 
     # ---- the loader's half
 

@@ -1,12 +1,10 @@
-"""Layers of a backbone, from the embeddings to the head: rates that fall with depth, frozen beginnings, drop path."""
+"""Layers of a backbone, from the embeddings to the head: rates that fall with depth, frozen beginnings."""
 
 from collections.abc import Collection
 from fnmatch import fnmatch
 from itertools import chain
 from typing import Any
 
-import torch
-from timm.layers import DropPath
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 
@@ -72,11 +70,3 @@ def freeze(backbone: Backbone, layers: int) -> None:
     for name, parameter in named(backbone):
         if ids[name] < layers:
             parameter.requires_grad_(False)
-
-
-def set_drop_path(backbone: Backbone, rate: float) -> None:
-    """Stochastic depth that grows linearly from 0 to ``rate`` at the last block, whatever it was before."""
-    blocks = backbone.vit.blocks
-    for block, p in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
-        for name in ("drop_path1", "drop_path2"):
-            setattr(block, name, DropPath(p) if p else nn.Identity())

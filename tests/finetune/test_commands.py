@@ -1,0 +1,158 @@
+"""Fine-tuning through the real command: every YAML in configs/finetune, resume, the best checkpoint, predictions."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import webdataset
+import yaml
+from labelled import CLASSES, write_labelled
+from pairs import caption, picture
+from runs import train
+
+from mmssl.cli import main
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs/finetune").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def pair_run(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str, pair_shards: str) -> Path:
+    return train(tmp_path_factory.mktemp("runs") / "mmm", "MMM", pair_shards, tokenizer=tokenizer_path, max_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("labelled")
+    return write_labelled(folder / "train.tar", 32), write_labelled(folder / "val.tar", 13, first=100)
+
+
+def reduced(path: Path, backbone: Path, shards: tuple[str, str], **more: Any) -> list[str]:
+    """The options that make a config's run a matter of a second."""
+    options = {
+        "model.init_args.backbone": backbone,
+        "model.init_args.num_classes": CLASSES,
+        "model.init_args.warmup_steps": 1,
+        "model.init_args.compile_blocks": "false",
+        "data.train": shards[0],
+        "data.val": shards[1],
+        "data.batch_size": 8,
+        "data.num_workers": 0,
+        "trainer.max_steps": 4,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 1,
+        "trainer.precision": "32-true",
+        "trainer.val_check_interval": 2,
+        "trainer.log_every_n_steps": 1,
+        "trainer.logger": "false",
+        **more,
+    }
+    if path.stem == "text":
+        options["model.init_args.max_tokens"] = 16
+    return ["--config", str(path), *(f"--{key}={value}" for key, value in options.items())]
+
+
+def column(path: Path, name: str) -> list[float]:
+    with path.open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_trains_tests_and_predicts(
+    path: Path, pair_run: Path, shards: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *reduced(path, pair_run, shards), "--run", "run"]) == 0
+    accuracies = column(tmp_path / "run/metrics.csv", "val/accuracy")
+    assert len(accuracies) == 2
+    best = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
+    assert best["global_step"] == (2 if accuracies[0] >= accuracies[1] else 4)
+
+    assert main(["test", "--run", "run", "--ckpt_path", "best"]) == 0
+    assert column(tmp_path / "run/test.csv", "test/accuracy") == pytest.approx([max(accuracies)])
+
+    assert main(["predict", "--run", "run", "--ckpt_path", "best"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/predictions/labels-0.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == [f"val.tar/{i:06d}" for i in range(100, 113)]
+    assert [line["truth"] for line in lines] == [i % CLASSES for i in range(100, 113)]
+    for line in lines:
+        assert sum(line["probabilities"]) == pytest.approx(1, abs=1e-4)
+        assert line["probabilities"][line["label"]] == max(line["probabilities"])
+    assert sum(line["label"] == line["truth"] for line in lines) / 13 == pytest.approx(max(accuracies))
+
+
+def test_predictions_need_no_labels(
+    pair_run: Path, shards: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = next(path for path in CONFIGS if path.stem == "pair")
+    assert main(["fit", *reduced(config, pair_run, shards), "--run", "run"]) == 0
+    with webdataset.TarWriter("new.tar") as writer:
+        for i in range(5):
+            writer.write({"__key__": f"{i}", "png": picture(i), "txt": caption(i)})
+    assert main(["predict", "--run", "run", "--data.val", "new.tar"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/predictions/labels-0.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["truth"]) for line in lines] == [(f"new.tar/{i}", None) for i in range(5)]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    pair_run: Path, shards: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With drop path, mixup, cutmix and validation in between."""
+    monkeypatch.chdir(tmp_path)
+    config = next(path for path in CONFIGS if path.stem == "image")
+    options = reduced(config, pair_run, shards, **{"checkpoint.every_n_steps": 3, "trainer.max_steps": 6})
+    assert main(["fit", *options, "--run", "whole"]) == 0
+    half = tmp_path / "half/checkpoints"
+    half.mkdir(parents=True)
+    (half / "step=00000003.ckpt").write_bytes((tmp_path / "whole/checkpoints/step=00000003.ckpt").read_bytes())
+    assert main(["fit", *options, "--run", "half", "--resume"]) == 0
+    whole, resumed = (
+        torch.load(tmp_path / run / "checkpoints/step=00000006.ckpt", weights_only=True)["state_dict"]
+        for run in ("whole", "half")
+    )
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_early_stopping(
+    pair_run: Path, shards: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A metric that cannot grow any more stops the run at the second validation; the run ends well."""
+    monkeypatch.chdir(tmp_path)
+    path = next(path for path in CONFIGS if path.stem == "image")
+    config = yaml.safe_load(path.read_text())
+    stop = config["trainer"]["callbacks"][1]
+    assert stop["class_path"].endswith("EarlyStopping")
+    stop["init_args"] |= {"patience": 1, "min_delta": 1.0}
+    own = tmp_path / "image.yaml"
+    own.write_text(yaml.safe_dump(config))
+    assert main(["fit", *reduced(own, pair_run, shards, **{"trainer.max_steps": 20}), "--run", "run"]) == 0
+    assert (tmp_path / "run/checkpoints/step=00000004.ckpt").is_file()
+    assert column(tmp_path / "run/metrics.csv", "val/accuracy").__len__() == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.init_args.num_classes=2", "num_classes to 4 or more"),
+        ("--model.init_args.backbone=runs/none", "runs/none"),
+        ("--model.init_args.tokenizer=tokenizer.json", "tokenizer"),  # a classifier of pictures has none
+        ("--model.init_args.layer_decay=2", "layer_decay is 2"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(
+    option: str,
+    message: str,
+    pair_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shard = write_labelled(tmp_path / "a.tar", 8, dict.fromkeys(range(8), 3))
+    config = next(path for path in CONFIGS if path.stem == "image")
+    assert main(["fit", *reduced(config, pair_run, (shard, shard)), option, "--run", "run"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mmssl: error")]
+    assert message in line
