@@ -126,6 +126,7 @@ def _build(model: dict[str, Any], folder: Path) -> Any:
     arguments = dict(model.get("init_args") or {})
     if "tokenizer" in arguments:
         arguments["tokenizer"] = tokenizer_of_run(folder, arguments["tokenizer"])
+    arguments.pop("init_from", None)
     if isinstance(options := arguments.get("backbone_options"), dict):
         # The checkpoint holds the weights: fetch none that it replaces at once.
         arguments["backbone_options"] = {k: v for k, v in options.items() if k not in ("pretrained", "weights")}

@@ -165,6 +165,8 @@ class Launch(LightningCLI):
         arguments = config.model.get("init_args") or {}
         if (config.resume or not fit) and "tokenizer" in arguments and not asked:  # else the checkpoint's is compared
             arguments["tokenizer"] = tokenizer_of_run(self.folder, arguments["tokenizer"])
+        if self.checkpoint is not None and "init_from" in arguments:
+            arguments["init_from"] = None  # the checkpoint replaces it, and it may be gone since
 
     def _dumped(self, config: Any) -> str:
         """The resolved config as a later start may read it."""

@@ -6,14 +6,17 @@ is sharded and called on the device) and ``X``, the LightningModule that users n
 
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mmssl.backbone import Backbone
+from mmssl.backbone.make import make_backbone
 from mmssl.data.crops import RandomResizedCrop, ResizeCenterCrop
 from mmssl.data.images import load_image, stack
 from mmssl.data.members import sample_image, sample_text
@@ -21,6 +24,7 @@ from mmssl.data.tokenizer import TextTokenizer
 from mmssl.draws import Draws
 from mmssl.masking.image import ImageStrategy, check_image_strategy, hide_patches
 from mmssl.masking.text import HiddenTokens, TextStrategy, check_text_strategy, hide_tokens
+from mmssl.pretrained.start import start_from
 from mmssl.training.module import Completion, split_by_sample
 from mmssl.types import BadSample, Image, Loss, Sample, Text, ceil_to
 
@@ -248,6 +252,27 @@ class Pixels(nn.Module):
 def take(tokens: Float[Tensor, "B N D"], ids: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
     """tokens[b, ids[b]] for every b."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def begin_backbone(
+    name: str,
+    options: dict[str, Any] | None,
+    needs: tuple[str, ...],
+    init_from: str | None,
+    tokenizer: TextTokenizer | None = None,
+    **fixed: Any,
+) -> Backbone:
+    """A backbone for an objective: new, or from ``init_from`` with a printed account of what was taken.
+
+    Raises:
+        ValueError: what :func:`make_backbone` or :func:`mmssl.pretrained.start.start_from` refuse.
+    """
+    if init_from is not None and options and (options.get("pretrained") or options.get("weights")):
+        raise ValueError("init_from and backbone_options' pretrained or weights are both given; choose one")
+    backbone = make_backbone(name, options, needs, **fixed)
+    if init_from is not None:
+        rank_zero_only(print)(start_from(backbone, init_from, tokenizer), flush=True)
+    return backbone
 
 
 def reconstruction_loss(

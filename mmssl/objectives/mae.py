@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmssl.backbone import Backbone, Decoder, make_backbone
+from mmssl.backbone import Backbone, Decoder
 from mmssl.data.crops import RandomResizedCrop, ResizeCenterCrop
 from mmssl.draws import Draws
 from mmssl.masking.image import ImageStrategy
@@ -14,6 +14,7 @@ from mmssl.objectives.base import (
     ImageExample,
     Pixels,
     PrepareImage,
+    begin_backbone,
     check_image_masking,
     reconstruction_loss,
 )
@@ -66,6 +67,8 @@ class MAE(PretrainModule):
         decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder, used in pretraining only.
         crop_scale: smallest and largest area of the random resized crop, as a part of the picture.
         flip: mirror every second picture.
+        init_from: where the backbone starts from instead of noise: a run, checkpoint or export of mmssl, with whatever
+            picture size, tokenizer and text length, or a file with a vision transformer's weights (timm's, MAE's).
         kwargs: optimizer and schedule, see :class:`PretrainModule`.
     """
 
@@ -81,11 +84,12 @@ class MAE(PretrainModule):
         decoder_num_heads: int = 16,
         crop_scale: tuple[float, float] = (0.2, 1.0),
         flip: bool = True,
+        init_from: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.save_hyperparameters()
-        encoder = make_backbone(backbone, backbone_options, PrepareMAE.needs)
+        encoder = begin_backbone(backbone, backbone_options, PrepareMAE.needs, init_from)
         check_image_masking(encoder.grid_size, mask_ratio, masking)
         self.mask_ratio, self.masking = mask_ratio, masking
         self.crop_scale, self.flip = crop_scale, flip

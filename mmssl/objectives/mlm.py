@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmssl.backbone import Backbone, make_backbone
+from mmssl.backbone import Backbone
 from mmssl.data.tokenizer import TextTokenizer
 from mmssl.draws import Draws
 from mmssl.masking.text import HiddenTokens, TextStrategy
@@ -14,6 +14,7 @@ from mmssl.objectives.base import (
     PrepareText,
     Ratio,
     TextHead,
+    begin_backbone,
     check_text_masking,
     guesses,
     token_losses,
@@ -66,6 +67,8 @@ class MLM(PretrainModule):
         max_tokens: longest text in tokens, special tokens included; longer ones give a random window.
         vocab_size: if given, must equal the tokenizer's.
         pad_to_multiple_of: the packed axis is rounded up to this many tokens.
+        init_from: where the backbone starts from instead of noise: a run, checkpoint or export of mmssl, with whatever
+            picture size, tokenizer and text length, or a file with a vision transformer's weights (timm's, MAE's).
         kwargs: optimizer and schedule, see :class:`PretrainModule`.
     """
 
@@ -79,6 +82,7 @@ class MLM(PretrainModule):
         max_tokens: int = 512,
         vocab_size: int | None = None,
         pad_to_multiple_of: int = 128,
+        init_from: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -88,10 +92,12 @@ class MLM(PretrainModule):
         self.mask_ratio, self.masking, self.max_tokens = mask_ratio, masking, max_tokens
         self.pad_to_multiple_of = pad_to_multiple_of
         self.network: MLMNetwork = MLMNetwork(
-            make_backbone(
+            begin_backbone(
                 backbone,
                 backbone_options,
                 PrepareMLM.needs,
+                init_from,
+                self.tokenizer,
                 vocab_size=self.tokenizer.vocab_size,
                 max_text_tokens=max_tokens,
             )

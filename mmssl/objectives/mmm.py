@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmssl.backbone import Backbone, Decoder, make_backbone
+from mmssl.backbone import Backbone, Decoder
 from mmssl.data.crops import RandomResizedCrop, ResizeCenterCrop
 from mmssl.data.tokenizer import TextTokenizer
 from mmssl.draws import Draws
@@ -23,6 +23,7 @@ from mmssl.objectives.base import (
     PrepareText,
     Ratio,
     TextHead,
+    begin_backbone,
     check_image_masking,
     check_text_masking,
     guesses,
@@ -99,6 +100,8 @@ class MMM(PretrainModule):
         decoder_embed_dim, decoder_depth, decoder_num_heads: the pixel decoder, used in pretraining only.
         crop_scale, flip: the augmentation.  Captions often name sides and parts: crop gently, do not flip.
         pad_to_multiple_of: the packed axis is rounded up to this many tokens.
+        init_from: where the backbone starts from instead of noise: a run, checkpoint or export of mmssl, with whatever
+            picture size, tokenizer and text length, or a file with a vision transformer's weights (timm's, MAE's).
         kwargs: optimizer and schedule, see :class:`PretrainModule`.
     """
 
@@ -122,6 +125,7 @@ class MMM(PretrainModule):
         crop_scale: tuple[float, float] = (0.5, 1.0),
         flip: bool = False,
         pad_to_multiple_of: int = 128,
+        init_from: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -133,10 +137,12 @@ class MMM(PretrainModule):
             raise ValueError("text_weight and image_weight are both 0: nothing would be learned; raise one")
         self.tokenizer = TextTokenizer(tokenizer)
         check_text_masking(self.tokenizer, vocab_size, text_mask_ratio, text_masking, max_tokens)
-        encoder = make_backbone(
+        encoder = begin_backbone(
             backbone,
             backbone_options,
             PrepareMMM.needs,
+            init_from,
+            self.tokenizer,
             vocab_size=self.tokenizer.vocab_size,
             max_text_tokens=max_tokens,
         )
