@@ -109,7 +109,8 @@ class Extents:
             members.sizes[first:stop].tolist(),
             strict=True,
         ):
-            contents[extensions[code]] = data = piece.pread(size, plan.place(offset))
+            # An empty member has no place: it may end a part, and then another one begins there.
+            contents[extensions[code]] = data = piece.pread(size, plan.place(offset)) if size else b""
             if len(data) < size:
                 raise ShardError(
                     f"shard {shard.path}: its piece in the cache {self.cache.folder} is damaged; delete it"

@@ -177,6 +177,19 @@ def test_members_that_lie_apart_are_fetched_by_parts(server: FileServer, tmp_pat
     assert server.sent() <= 5 * (20_480 + 512 + 3 * 1024)  # with an extended header of 1 KiB for every member
 
 
+def test_an_empty_member_at_the_end_of_a_part(server: FileServer, tmp_path: Path) -> None:
+    """It has a header and no bytes: its place is where the next part begins, which is not fetched."""
+    with TarWriter(str(server.folder / "apart.tar")) as writer:
+        for i in range(20):
+            writer.write({"__key__": f"{i}", "txt": b"" if i % 5 == 4 else b"t" * 5000})
+        for i in range(20):
+            writer.write({"__key__": f"{i}", "jpg": bytes(20_000)})
+    shards = remote(server, tmp_path / "c", "apart.tar")
+    shards.group = 5
+    for i in range(20):
+        assert shards.read(i).members == {"txt": b"" if i % 5 == 4 else b"t" * 5000, "jpg": bytes(20_000)}
+
+
 def test_extents_read_over_small_gaps_only(tmp_path: Path) -> None:
     shard = index_shard(expand(write_shards(tmp_path, 1, shards=1))[0])
     offsets = np.array([512, 512 + 102_400, 512 + 204_800 + 3000 * 512])
