@@ -64,12 +64,13 @@ def write(
     """
     preparation = Preparation(short_side, quality, max_words)
     records = records_of(sources, Columns(image, text, label, key), labels == "folder", per_line)
-    announced: set[str] = set()
+    announced: dict[str, int] = {}  # by part, how many of its shards
     with Progress(None, "writing", "records") as progress:
 
         def tell(written: Written, records: int) -> None:
-            paths = [path for shards in written.shards.values() for path in shards if path not in announced]
-            announced.update(paths)
+            paths = [path for part, shards in written.shards.items() for path in shards[announced.get(part, 0) :]]
+            if paths:
+                announced.update({part: len(shards) for part, shards in written.shards.items()})
             progress.step("\n".join(f"{path}: {size(os.path.getsize(path))}" for path in paths), records)
 
         written = write_shards(

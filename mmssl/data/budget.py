@@ -20,7 +20,8 @@ class Budget:
     Batches are counted in the order in which they are trained on, so the number of workers changes nothing.
 
     Args:
-        part: of the samples that may be bad, over all ranks, counted from 1,000 samples on and since the last start.
+        part: of the samples that may be bad, over all ranks, counted from 1,000 samples on: in training
+            since the last start, in evaluation in every pass.
         bad_samples: the file that lists them, for the message.
         alone: check at every batch; otherwise the ranks do it together, when somebody calls :meth:`check`.
 
@@ -34,6 +35,11 @@ class Budget:
         self.part, self.bad_samples, self.alone = part, bad_samples, alone
         self.seen = 0
         self.bad: Counter[tuple[str, str]] = Counter()  # by (shard, reason)
+
+    def begin(self) -> None:
+        """Forget what was counted: another pass over the same samples is no new information."""
+        self.seen = 0
+        self.bad.clear()
 
     def count(self, batch: Batch) -> None:
         self.seen += batch.size

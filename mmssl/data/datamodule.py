@@ -46,8 +46,8 @@ class DataModule(LightningDataModule):
         lanes: sequences the shards are read in side by side; the number of ranks must divide it.  None means
             the largest divisor of ``batch_size`` up to 64 (more for batches above 1,024).
         seed: of the order and of every random draw.
-        budget: part of the samples that may be bad before the run stops, over all ranks, counted since the last start
-            and from 1,000 samples on.
+        budget: part of the samples that may be bad before the run stops, over all ranks, counted from 1,000 samples on
+            since the last start; in evaluation in every pass.
         prefetch_factor: batches every worker prepares ahead; raised in training where all workers together would hold
             fewer than one optimizer step accumulates.  A rank then keeps up to two steps' batches in memory.
         val_samples: validate on this many samples, spread evenly over ``val``; None means all.

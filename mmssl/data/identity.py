@@ -13,6 +13,7 @@ from typing import Any
 
 from mmssl.data.index import ShardIndex
 from mmssl.data.order import Order
+from mmssl.data.remote import base_name
 from mmssl.data.shards import ShardSet, fingerprint
 from mmssl.data.stream import Source, TrainStream
 
@@ -68,9 +69,9 @@ def histories(saved: Mapping[str, Any], stream: TrainStream, folder: str, *, app
     for name in ("seed", "batch_size", "lanes"):
         if saved[name] != now[name]:
             raise _changed(f"data.{name}", saved[name], now[name], f"set data.{name}: {saved[name]}")
-    mixed, mixed_now = _mixture(saved), _mixture(now)
-    if mixed != mixed_now:
-        raise _changed("the sources and weights in data.train", mixed, mixed_now, "restore them")
+    if _mixture(saved) != _mixture(now):
+        before, after = (", ".join(f"{name} x {weight}" for name, weight in _mixture(s)) for s in (saved, now))
+        raise _changed("the sources and weights in data.train", before, after, "restore them")
     given = stream.mixture.given(saved["batches"])
     return [
         _history(was, source, batches * stream.batch_size, folder, appended, stream.orders[0].lanes)
@@ -78,9 +79,9 @@ def histories(saved: Mapping[str, Any], stream: TrainStream, folder: str, *, app
     ]
 
 
-def _mixture(state: Mapping[str, Any]) -> str:
+def _mixture(state: Mapping[str, Any]) -> list[tuple[str, float]]:
     sources = state["sources"]
-    return sources[0]["name"] if len(sources) == 1 else ", ".join(f"{s['name']} x {s['weight']:g}" for s in sources)
+    return [(source["name"], source["weight"] if len(sources) > 1 else 1.0) for source in sources]
 
 
 def _history(
@@ -91,7 +92,7 @@ def _history(
     if source.shards.fingerprint == was["fingerprint"]:
         return history
     if len(found) > known and fingerprint(found[:known]) == was["fingerprint"]:
-        more = [os.path.basename(shard.path) for shard in found[known:]]
+        more = [base_name(shard.path) for shard in found[known:]]
         if not appended:
             raise ValueError(
                 f"{len(more)} shards were appended to source {source.name!r} since the checkpoint "
@@ -134,7 +135,7 @@ def _entries(shards: ShardSet) -> list[list[Any]]:
 
 
 def _entry(shard: ShardIndex) -> list[Any]:
-    return [os.path.basename(shard.path), shard.samples, shard.digest]
+    return [base_name(shard.path), shard.samples, shard.digest]
 
 
 def _lines(entries: Sequence[Sequence[Any]]) -> str:

@@ -121,6 +121,8 @@ class Loader:
         raise TypeError("the training stream has no end")
 
     def __iter__(self) -> Iterator[Batch]:
+        if isinstance(self.data, EvalSet):
+            self.budget.begin()
         batches = self._batches()
         while window := list(islice(batches, self.accumulate() if self.accumulate else 1)):
             counts: Counter[str] = Counter()

@@ -5,8 +5,6 @@ the DataLoader hands them out in turn, so the number of workers changes nothing.
 """
 
 import itertools
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mmssl.data.budget import TooManyBadSamples, worst_shards
+from mmssl.data.lines import append_line
 from mmssl.data.order import Mixture, Order, check_world
 from mmssl.data.shards import ShardSet
 from mmssl.data.tar import ShardError
@@ -77,12 +76,12 @@ class _Samples:
             self._listed.clear()
         self._listed.add((shard, key, epoch))
         entry = {"shard": shard, "key": key, "reason": error.reason, "detail": error.detail, "epoch": epoch}
-        # One write to a file opened for appending: lines of several workers and ranks do not mix.
-        fd = os.open(self.bad_samples, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
-            os.write(fd, (json.dumps(entry) + "\n").encode())
-        finally:
-            os.close(fd)
+            append_line(self.bad_samples, entry)
+        except OSError as failed:
+            raise ShardError(
+                f"cannot name a bad sample in {self.bad_samples}: {failed.strerror}; free space or make it writable"
+            ) from None
 
 
 def _mine() -> tuple[int, int]:
@@ -233,8 +232,6 @@ class EvalSet(IterableDataset[Batch | StreamError]):
         self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
         self.total = len(shards)
         self.count = min(limit or self.total, self.total)
-        # Neighbours that one rank reads in one batch; with a limit there are none.
-        shards.group = batch_size // world if self.count == self.total else 1
         self.samples = _Samples([Source("val", shards)], prepare, bad_samples)
 
     def __len__(self) -> int:
@@ -266,6 +263,8 @@ class EvalSet(IterableDataset[Batch | StreamError]):
         worker, workers = _mine()
         numbers = range(worker, len(self), workers)
         shards = self.samples.sources[0].shards
+        # Neighbours that one rank reads in one batch; with a limit there are none.
+        shards.group = self.batch_size // self.world if self.count == self.total else 1
         if not shards.remote:
             return _until_error(self.batch, numbers)
 

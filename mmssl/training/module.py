@@ -259,6 +259,9 @@ class PretrainModule(LightningModule):
     def on_predict_epoch_end(self) -> None:
         self._check_budget()
 
+    def on_train_end(self) -> None:
+        self._check_budget()  # what came behind the last logged step
+
     def predict_step(self, batch: Batch, batch_idx: int) -> Completion | Rows:
         return self.complete(batch)
 

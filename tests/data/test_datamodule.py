@@ -235,6 +235,29 @@ def test_an_earlier_order_is_refused(tmp_path: Path, texts: str) -> None:
         going_on(tmp_path, texts, 4, tmp_path / "a.ckpt")
 
 
+def test_the_smallest_change_of_a_weight_is_refused(tmp_path: Path) -> None:
+    def sources(weight: float) -> dict[str, Any]:
+        both = {name: write_shards(tmp_path / name, 20) for name in ("a", "b")} if weight == 1 / 3 else {}
+        shards = both or {name: str(tmp_path / name) for name in ("a", "b")}
+        return {"a": {"shards": shards["a"]}, "b": {"shards": shards["b"], "weight": weight}}
+
+    going_on(tmp_path, sources(1 / 3), 2, None)
+    with pytest.raises(ValueError, match=r"were a x 1\.0, b x 0\.3333333333333333 in .* b x 0\.3333333: samples"):
+        going_on(tmp_path, sources(0.3333333), 4, tmp_path / "a.ckpt")
+
+
+def test_a_preview_leaves_the_validation_as_it_is(tmp_path: Path, texts: str) -> None:
+    data = DataModule(texts, val=texts, batch_size=8, num_workers=0)
+    trainer(tmp_path, max_steps=1).fit(Recorder(), data)
+    assert data._val is not None
+    shards = data._val.samples.sources[0].shards
+    assert shards.group == 8  # neighbours of a batch, fetched together
+    preview = data.preview(5)
+    assert preview is not None
+    assert preview.size == 5
+    assert shards.group == 8
+
+
 def test_every_source_has_an_epoch_counter(tmp_path: Path) -> None:
     sources = {
         "long": {"shards": write_shards(tmp_path / "a", 60), "weight": 3},

@@ -219,6 +219,22 @@ def test_budgets_are_parts_of_all_samples(tmp_path: Path) -> None:
         take(Loader(stream(pattern), workers=0, budget=Budget(0.0)), 200)
 
 
+def test_every_validation_is_counted_by_itself(tmp_path: Path) -> None:
+    """One bad sample of 64 is met in every pass: it is still one."""
+    data = EvalSet(ShardSet(with_bad(tmp_path, 64, {1})), ToyText(), seed=0, batch_size=8)
+    loader = Loader(data, workers=0, budget=Budget(0.01))
+    for _ in range(12):
+        assert len(list(loader)) == 8
+        assert (loader.budget.seen, loader.budget.bad.total()) == (64, 1)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_the_list_of_bad_samples_is_told(tmp_path: Path) -> None:
+    data = stream(with_bad(tmp_path, 100, {3}), bad_samples="/dev/full")
+    with pytest.raises(ShardError, match="cannot name a bad sample in /dev/full: No space left on device; free space"):
+        take(Loader(data, workers=1), 13)
+
+
 def test_ranks_agree_about_the_budget() -> None:
     """No rank stops alone: 30 bad of 1,000 at one of four ranks are less than 1 % of all."""
     mine = [(1000, 30, [(("a.tar", "toy"), 30)]), *[(1000, 0, [])] * 3]

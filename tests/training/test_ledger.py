@@ -15,6 +15,7 @@ import pytest
 import yaml
 from pairs import TINY
 
+from mmssl.data.lines import append_line
 from mmssl.training.callbacks.ledger import LedgerError, read_ledger
 
 STEPS = 40
@@ -105,6 +106,18 @@ def test_reading(tmp_path: Path) -> None:
     assert read_ledger(tmp_path) == {1: [["a", "d"]], 2: [["b", "c"]]}
     write(tmp_path, 0, start("a", 0, 2), line(1, "d"), line(2, "x"), line(3, "y"))
     assert read_ledger(tmp_path) == {1: [["a", "d"]], 2: [["x", "z"]]}  # rank 1 never began step 3
+
+
+def test_a_line_that_a_kill_cut_is_no_damage(tmp_path: Path) -> None:
+    write(tmp_path, 0, start("a", 0, 1), line(1, "d"), tail='{"step": 2, "ba')
+    append_line(tmp_path / "ledger" / "rank-00000.jsonl", start("b", 1, 1), fresh=True)
+    append_line(tmp_path / "ledger" / "rank-00000.jsonl", line(2, "c"))
+    assert read_ledger(tmp_path) == {1: [["d"]], 2: [["c"]]}
+
+
+def test_a_full_disk_is_told() -> None:
+    with pytest.raises(OSError, match="No space left"):
+        append_line("/dev/full", start("a", 0, 1))
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:

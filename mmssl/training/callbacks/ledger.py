@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from mmssl.data.lines import append_line
 from mmssl.types import Batch
 
 
@@ -40,19 +40,14 @@ class SampleLedger(Callback):
         except OSError as error:
             raise LedgerError(f"cannot write {self._path} ({error.strerror}); make its folder writable") from error
         start: str = trainer.strategy.broadcast(uuid.uuid4().hex[:12])
-        self._write({"start": trainer.global_step, "world": trainer.world_size, "id": start})
+        self._write({"start": trainer.global_step, "world": trainer.world_size, "id": start}, fresh=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         self._write({"step": trainer.global_step + 1, "batch": batch.index, "keys": batch.keys})
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        # One system call for a line: what a killed process wrote is there, and no other writer's line runs into it.
+    def _write(self, entry: dict[str, Any], fresh: bool = False) -> None:
         try:
-            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-            try:
-                os.write(fd, (json.dumps(entry) + "\n").encode())
-            finally:
-                os.close(fd)
+            append_line(self._path, entry, fresh=fresh)
         except OSError as error:
             raise LedgerError(
                 f"cannot write {self._path} ({error.strerror}); free some space, or take SampleLedger out"
@@ -60,10 +55,11 @@ class SampleLedger(Callback):
 
 
 def read_ledger(run: str | Path) -> dict[int, list[list[str]]]:
-    """The samples that are in a run's weights: {step: the keys of each of its global batches, sorted}.
+    """The samples that a run's steps trained on: {step: the keys of each of its global batches, sorted}.
 
     What a stopped start had trained on after the checkpoint from which the next one went on is left out: its steps were
-    done again.  Steps of a killed run that some ranks had not begun yet are left out as well.
+    done again.  Of a run that was killed and has not gone on yet, the steps behind its newest checkpoint are in here,
+    with the one that was begun by all ranks and perhaps not ended.
 
     Raises:
         LedgerError: if there is no ledger, or a line in the middle is damaged.
@@ -101,5 +97,6 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
         try:
             yield json.loads(line)
         except json.JSONDecodeError:
-            if number < len(lines) - 1:
+            # A writer that was killed leaves half a line, behind which the next start begins a line of its own.
+            if number + 1 < len(lines) and not lines[number + 1].startswith('{"start"'):
                 raise LedgerError(f"{file}, line {number + 1}: is damaged; the ledger cannot be trusted") from None
