@@ -42,7 +42,7 @@ def write(
     """Make shards from folders of images or texts and from CSV, TSV, JSONL or Parquet tables.
 
     Captions of a folder's images lie beside them in .txt or .json, classes in .cls.  Of a table, columns that are not
-    named go to the sample's .json.  The same input gives the same bytes, whatever --jobs.
+    named go to the sample's .json.  Links are followed, wherever they lead.  The same input gives the same bytes, whatever --jobs.
 
     Args:
         sources: Folders, tables, .txt files.
