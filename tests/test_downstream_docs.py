@@ -1,0 +1,72 @@
+"""What the README and docs/downstream.md tell a person to type runs as it stands there."""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pairs import caption, picture
+from PIL import Image as PILImage
+
+from mmssl.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str, heading: str | None = None) -> list[str]:
+    """The Python of a page, or of one section of it."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if heading is not None:
+        text = text.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+@pytest.fixture
+def home(joint_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with runs/demo, as after ``make demo``."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(joint_run)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def opened(count: int = 8) -> list[PILImage.Image]:
+    return [PILImage.open(io.BytesIO(picture(i, 40))) for i in range(count)]
+
+
+def test_the_readme(home: Path):
+    encode, tune = blocks("README.md", "Use the backbone")
+    names: dict[str, Any] = {"pictures": opened()}
+    exec(encode, names)
+    assert names["image"].pooled.shape == (8, 48)
+    assert names["pair"].tokens.shape[0] == 2
+
+    lines = [line for line in tune.splitlines() if line and not line.startswith("import")]
+    assert len(lines) <= 10, "the README promises ten lines"
+    torch.manual_seed(0)
+    losses: list[float] = []
+
+    class Loader:
+        """Eight pictures and their colours, thirty times; notes the loss of the round before."""
+
+        def __iter__(self) -> Any:
+            for _ in range(30):
+                yield opened(), torch.arange(8) % 4
+                losses.append(float(names["loss"]))
+
+    names = {"loader": Loader(), "classes": 4}
+    exec(tune, names)
+    assert losses[-1] < 0.5 * losses[0], "it does not learn"
+    assert all(p.grad is None for n, p in names["backbone"].named_parameters() if ".text." in n)
+
+
+def test_the_page(home: Path):
+    assert main(["export", "runs/demo", "--out", "exports/demo"]) == 0
+    names: dict[str, Any] = {"pictures": opened(3), "texts": [caption(i) for i in range(3)]}
+    for block in blocks("docs/downstream.md"):
+        exec(block, names)
+    assert names["content"].shape[1] == 48
+    assert names["larger"].patch_embed.grid_size == (12, 12)
+    assert names["classifier"](torch.zeros(1, 3, 32, 32)).shape == (1, 10)
