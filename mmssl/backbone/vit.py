@@ -98,6 +98,7 @@ class Backbone(nn.Module):
         self.text = TextEmbedding(vocab_size, self.embed_dim, max_text_tokens) if vocab_size is not None else None
         self.max_text_tokens = max_text_tokens
         self.grad_checkpointing = grad_checkpointing
+        self._said: dict[str, Any] = {"name": name, "vocab_size": vocab_size, "experts": experts, "options": options}
 
         attention, embed = self.vit.blocks[0].attn, self.vit.patch_embed
         self.num_heads: int = attention.num_heads
@@ -147,6 +148,11 @@ class Backbone(nn.Module):
         assert both is not None
         return Encoded(both[:, :prefix], both[:, prefix:], words)
 
+    def arguments(self) -> dict[str, Any]:
+        """What builds a backbone of this shape again, as plain values: ``Backbone(**arguments)``."""
+        sizes = {"img_size": self.img_size, "patch_size": self.patch_size, "max_text_tokens": self.max_text_tokens}
+        return {**self._said, **sizes}
+
     def timm_state_dict(self) -> dict[str, Tensor]:
         """The image side under plain timm's names; ``timm.create_model(name, num_classes=0, global_pool="", ...)``
         with the same sizes and options loads it with ``strict=True``.
@@ -170,6 +176,13 @@ class Backbone(nn.Module):
                 of_image |= name.startswith("vit.blocks.") and name.split(".")[3] in ("norm2", "mlp")
             if (of_text and "text" not in needs) or (of_image and "image" not in needs):
                 parameter.requires_grad_(False)
+
+    def drop_text(self) -> None:
+        """Forget what is for text alone, as if there had never been a vocabulary."""
+        self.text = None
+        for block in self.vit.blocks:
+            block.text_expert = None
+        self._said |= {"vocab_size": None, "experts": False}
 
     def compile_blocks(self) -> None:
         """torch.compile every block.

@@ -168,6 +168,12 @@ class Launch(LightningCLI):
         if self.checkpoint is not None and "init_from" in arguments:
             arguments["init_from"] = None  # the checkpoint replaces it, and it may be gone since
 
+        if self.checkpoint is not None and "backbone_name" in arguments:  # it holds the fine-tuned backbone whole
+            from mmssl.finetune.base import without_source
+
+            for name, value in without_source(self.checkpoint).items():
+                arguments[name] = value
+
     def _dumped(self, config: Any) -> str:
         """The resolved config as a later start may read it."""
         config = config.clone()

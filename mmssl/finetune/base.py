@@ -23,6 +23,17 @@ from mmssl.types import Batch, Loss
 Mode = Literal["full", "linear_probe"]
 Weights = Literal["online", "ema"]
 
+SHAPE = "backbone"  # of a checkpoint: what builds its backbone, so that the source it once came from may go
+
+
+def without_source(checkpoint: str) -> dict[str, Any]:
+    """A classifier's arguments, by name, with which a checkpoint of it needs no other source; of others none."""
+    shape = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(SHAPE)
+    if shape is None:
+        return {}
+    name = shape.pop("name")
+    return {"backbone": None, "backbone_name": name, "backbone_options": shape, "img_size": None}
+
 
 class Classifier(PretrainModule):
     """Base of the classifiers: pooled features, a linear head, cross-entropy.
@@ -104,6 +115,8 @@ class Classifier(PretrainModule):
         else:
             options = {"img_size": img_size, "drop_path_rate": drop_path_rate, **(backbone_options or {})}
             encoder = self._from_scratch(backbone_name, options, tokenizer)
+        if "text" not in self.needs:
+            encoder.drop_text()
         encoder.freeze_unused(self.needs)
         probe = mode == "linear_probe"
         if probe:
@@ -124,9 +137,9 @@ class Classifier(PretrainModule):
         if tokenizer is None:
             raise ValueError("tokenizer is not given, and no pretrained backbone has one; name a tokenizer.json")
         self.tokenizer = TextTokenizer(tokenizer)
-        self.max_tokens = self._max_tokens or 128
-        fixed = {"vocab_size": self.tokenizer.vocab_size, "max_text_tokens": self.max_tokens}
-        return make_backbone(name, options, self.needs, **fixed)
+        room = options.setdefault("max_text_tokens", self._max_tokens or 128)
+        self.max_tokens = self._max_tokens or room
+        return make_backbone(name, {**options, "vocab_size": self.tokenizer.vocab_size}, self.needs)
 
     def _take_tokenizer(self, source: str, pretrained: Pretrained, tokenizer: str | None) -> None:
         if "text" not in self.needs:
@@ -144,6 +157,10 @@ class Classifier(PretrainModule):
             raise ValueError(
                 f"max_tokens is {self.max_tokens}, but backbone {source} has {room} positions; give no more"
             )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[SHAPE] = self.network.backbone.arguments()
 
     # ---- the loader's half
 

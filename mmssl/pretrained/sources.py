@@ -208,7 +208,10 @@ def _from_lightning(path: Path, content: dict[str, Any], state: Mapping[str, Ten
     """A Source of what Lightning saved; the arguments of the objective say what to build."""
     check_format(content.get("mmssl_format"), str(path))
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    arguments = content.get("hyper_parameters") or _init_args(folder)
+    arguments = dict(content.get("hyper_parameters") or _init_args(folder))
+    if isinstance(shape := content.get("backbone"), dict):  # a fine-tuned model, whose argument is where it came from
+        arguments["backbone"] = shape["name"]
+        arguments["backbone_options"] = {key: value for key, value in shape.items() if key != "name"}
     prefix = min((name.removesuffix(_ANCHOR) for name in state if name.endswith(_ANCHOR)), key=len, default=None)
     if prefix is None or not isinstance(arguments.get("backbone"), str):
         what = "tensors of a backbone" if prefix is None else "word of which backbone to build"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pairs import caption, picture
 from runs import train
 
 from mmssl.cli import main
+from mmssl.pretrained import load_backbone
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs/finetune").glob("*.yaml"))
 
@@ -81,6 +83,29 @@ def test_every_config_trains_tests_and_predicts(
         assert sum(line["probabilities"]) == pytest.approx(1, abs=1e-4)
         assert line["probabilities"][line["label"]] == max(line["probabilities"])
     assert sum(line["label"] == line["truth"] for line in lines) / 13 == pytest.approx(max(accuracies))
+
+
+def test_a_run_outlives_its_source(
+    pair_run: Path, shards: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Test, resume and load_backbone do without the pretraining run; pictures alone, from a backbone that has text."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pair_run, "source")
+    for name in ("image", "pair"):
+        config = next(path for path in CONFIGS if path.stem == name)
+        options = reduced(config, Path("source"), shards)
+        assert main(["fit", *options, "--run", name]) == 0
+    expected = [load_backbone(name).state_dict() for name in ("image", "pair")]
+    shutil.rmtree("source")
+    for name, weights in zip(("image", "pair"), expected, strict=True):
+        assert main(["test", "--run", name]) == 0
+        last = column(tmp_path / name / "metrics.csv", "val/accuracy")[-1]
+        assert column(tmp_path / name / "test.csv", "test/accuracy") == pytest.approx([last])
+        assert main(["fit", "--run", name, "--resume", "--trainer.max_steps=6"]) == 0
+        trained = torch.load(tmp_path / name / "checkpoints/step=00000004.ckpt", weights_only=True)["state_dict"]
+        ours = {key: value for key, value in weights.items() if key.startswith("backbone.")}
+        assert any(".text." in key for key in ours) == (name == "pair")  # pictures carry no vocabulary along
+        assert all(torch.equal(trained[f"network.{key}"], value) for key, value in ours.items())
 
 
 def test_predictions_need_no_labels(
