@@ -65,7 +65,7 @@ def report(run: str, samples: int = 2000, rounds: int = 1, seed: int = 0, pictur
     folder = Path(run)
     sys.path.append(os.getcwd())  # as mmssl fit does, where a config may name a class of one's own
     module, config = load_run(folder)
-    if not {"image", "text"} <= set(module.prepare(train=False).needs):
+    if {"image", "text"} != set(module.prepare(train=False).needs):
         raise ValueError(
             f"run {run} is a {type(module).__name__}; the report needs image-text pairs (mmssl.MMM). "
             "For other runs see metrics.csv in the folder, or mmssl validate"
