@@ -253,6 +253,19 @@ def test_a_sharded_checkpoint(joint_run: Path, loaded: mmssl.Pretrained, tmp_pat
         mmssl.load_backbone(folder)
 
 
+def test_a_checkpoint_that_two_ranks_sharded(joint_run: Path, loaded: mmssl.Pretrained, tmp_path: Path):
+    """Tensors cut in two, unevenly where their first axis is odd, or left whole to one rank where it is one."""
+    folder = tmp_path / "run" / "checkpoints" / "step=00000004.ckpt"
+    folder.parent.mkdir(parents=True)
+    shutil.copy(joint_run / "tokenizer.json", tmp_path / "run" / "tokenizer.json")
+    script = str(Path(__file__).parent / "sharded_rank.py")
+    command = [sys.executable, script]
+    ranks = [subprocess.Popen([*command, str(rank), str(newest(joint_run)), str(folder)]) for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert len(list(folder.glob("*.distcp"))) == 2
+    assert_equal(mmssl.load_backbone(tmp_path / "run"), loaded)
+
+
 def test_a_sharded_checkpoint_runs_no_code(joint_run: Path, tmp_path: Path):
     import pickle
 
