@@ -62,28 +62,26 @@ def main(out: Path, pretrain_steps: int, steps: int, seeds: int, pretrained: str
     }
     if pretrained is None:
         pretrained = pretrain(out / "pretrained", shards["train"], pretrain_steps)
-    for arm in ARMS.values():
-        if "backbone" in arm:
-            arm["backbone"] = pretrained
+    arms = {arm: {**said, **({"backbone": pretrained} if "backbone" in said else {})} for arm, said in ARMS.items()}
     pretraining = time.monotonic() - began
 
     some = choose(labels, train, 0.1, seed=1000)
     tuning = write(out / "tune-train.tar", pictures, labels, some)
     held_out = write(out / "tune-val.tar", pictures, labels, np.setdiff1d(train, some))
     rates = {}
-    for arm, arguments in ARMS.items():
+    for arm, arguments in arms.items():
         scores = {lr: classify(arguments, tuning, held_out, steps, 1000, lr, out) for lr in RATES}
         rates[arm] = max(scores, key=lambda lr: scores[lr])
         print(f"{arm}: " + ", ".join(f"{score:.1f} % at {lr:g}" for lr, score in scores.items()), flush=True)
 
-    rows: dict[str, dict[str, list[float]]] = {arm: {} for arm in ARMS}
+    rows: dict[str, dict[str, list[float]]] = {arm: {} for arm in arms}
     counts = {}
     for part in PARTS:
         for seed in range(seeds):
             chosen = choose(labels, train, part, seed)
             counts[str(part)] = len(chosen)
             subset = write(out / "subset.tar", pictures, labels, chosen)
-            for arm, arguments in ARMS.items():
+            for arm, arguments in arms.items():
                 score = classify(arguments, subset, shards["test"], steps, seed, rates[arm], out)
                 rows[arm].setdefault(str(part), []).append(round(score, 2))
                 print(f"{part:.0%} of the labels, seed {seed}, {arm}: {score:.1f} %", flush=True)
