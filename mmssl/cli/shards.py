@@ -12,7 +12,8 @@ from mmssl.cli.progress import Progress, number, percent, printable, size, table
 from mmssl.curation.parallel import check_jobs, ordered_map
 from mmssl.data.cache import Cache
 from mmssl.data.index import ShardIndex, index_shard, index_shards
-from mmssl.data.shards import ShardSet, expand, fingerprint
+from mmssl.data.patterns import expand
+from mmssl.data.shards import ShardSet, fingerprint
 from mmssl.data.tar import ShardError
 
 

@@ -31,6 +31,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from mmssl.data.descriptors import opened
+
 _SUFFIX = ".mmssl"
 _TEMPORARY = ".tmp-"
 _TOTAL = struct.Struct("<q")  # at the beginning of the lock file: bytes of all pieces
@@ -146,7 +148,7 @@ class Cache:
     def _open(self, name: str, size: int) -> Piece | None:
         path = self._path(name)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = opened(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except OSError:
             return None
         piece = Piece(fd)

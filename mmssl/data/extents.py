@@ -17,22 +17,23 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmssl.data.bodies import Mark, Members
 from mmssl.data.cache import Cache, Piece
-from mmssl.data.index import Members, ShardIndex, split_name
+from mmssl.data.descriptors import make_room, register
+from mmssl.data.index import ShardIndex, split_name
 from mmssl.data.remote import Stat, check_same, fetch, is_http, stat
 from mmssl.data.tar import BLOCK, ShardError, read_header
 from mmssl.types import Sample
 
 _LARGEST = 64 << 20  # bytes of an extent
 _SMALL_GAP = 4096  # bytes that are fetched without need rather than asked around: an extended header fits
-_OPEN_PIECES = 256
 _PLANS = 4096
-_SHARDS = 64  # whose members are in memory
 _THREADS = 8
 
 
@@ -76,6 +77,8 @@ class Extents:
         self._pieces: OrderedDict[str, Piece] = OrderedDict()
         self._checked: set[int] = set()
         self._asked: set[tuple[int, int, int]] = set()
+        self._known: dict[int, Mark] = {}  # indexes that were looked through, by shard
+        register(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
@@ -83,6 +86,16 @@ class Extents:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin()
+
+    def held(self) -> int:
+        """Number of open files: pieces, and the indexes of shards."""
+        return len(self._pieces) + len(self._members)
+
+    def give_back(self) -> None:
+        """Close the piece or the index that was unused the longest, whichever are more."""
+        more: OrderedDict[Any, Any] = self._pieces if len(self._pieces) > len(self._members) else self._members
+        with suppress(KeyError):  # nothing is open
+            more.popitem(last=False)
 
     def read(self, number: int, local: int) -> Sample:
         """Sample ``local`` of shard ``number``."""
@@ -93,13 +106,13 @@ class Extents:
         plan = self._plan(extent)
         piece = self._pieces.get(plan.name)
         if piece is None:
+            make_room()
             piece = self._get(extent, plan)
             if piece.stored:
                 self._pieces[plan.name] = piece
-                if len(self._pieces) > _OPEN_PIECES:
-                    self._pieces.popitem(last=False)
         else:
-            self._pieces.move_to_end(plan.name)
+            with suppress(KeyError):  # given back in this moment, by another thread
+                self._pieces.move_to_end(plan.name)
         first, stop = members.starts[local : local + 2].tolist()
         extensions = list(shard.extensions)
         contents = {}
@@ -172,15 +185,15 @@ class Extents:
             members = self._members.get(number)
             if members is None:
                 shard = self.shards[number]
+                make_room()
                 try:
-                    members = shard.members()
+                    members, self._known[number] = shard.open_members(self._known.get(number))
                 except (OSError, ShardError) as error:
                     raise ShardError(f"shard {shard.path}: its index {shard.file} cannot be read ({error})") from None
                 self._members[number] = members
-                if len(self._members) > _SHARDS:
-                    self._members.popitem(last=False)
             else:
-                self._members.move_to_end(number)
+                with suppress(KeyError):  # given back in this moment, by another thread
+                    self._members.move_to_end(number)
         return members
 
     # ---- fetching

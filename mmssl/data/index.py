@@ -24,13 +24,12 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
 from multiprocessing import current_process, get_all_start_methods, get_context
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mmssl.data.bodies import Mark, Members, divide, is_sound, map_body
 from mmssl.data.remote import RemoteReader, Stat, beside, fetch, is_remote, put, stat
-from mmssl.data.tar import BLOCK, Member, ShardError, open_shard, scan
+from mmssl.data.tar import Member, ShardError, open_shard, scan
 
 _MAGIC = b"mmsslix1"
 _LONGEST_HEAD = 16 << 20
@@ -46,21 +45,6 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 def _is_hidden(name: str) -> bool:
     return any(part.startswith(("__", ".")) and part != "." for part in name.split("/"))
-
-
-class Members(NamedTuple):
-    """The body of an index: sample i owns the members starts[i]:starts[i + 1]."""
-
-    starts: NDArray[np.int64]
-    offsets: NDArray[np.int64]  # in bytes
-    sizes: NDArray[np.int64]  # in bytes
-    codes: NDArray[np.int64]  # place of the extension in ShardIndex.extensions
-    key_starts: NDArray[np.int64]
-    keys: bytes | memoryview
-
-    def key(self, sample: int) -> str:
-        begin, end = self.key_starts[sample : sample + 2].tolist()
-        return bytes(self.keys[begin:end]).decode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True)
@@ -86,41 +70,29 @@ class ShardIndex:
     body: bytes | None = None
 
     def members(self) -> Members:
-        """Read the body.  Raises ShardError if it is not what was written."""
-        body = self.body
-        if body is None:
+        """The body.  Raises ShardError if it is not what was written, OSError if it cannot be read."""
+        return self.open_members(None)[0]
+
+    def open_members(self, known: Mark | None) -> tuple[Members, Mark]:
+        """The body and a mark of its file; it is looked through unless the file is the one that is ``known``.
+
+        Raises:
+            OSError: if it cannot be read.
+            ShardError: if it is not what was written.
+        """
+        if self.body is not None:
+            body, mark = memoryview(self.body), (0, 0, 0)
+        else:
             assert self.file is not None
-            with open(self.file, "rb") as file:
-                file.seek(self.body_start)
-                body = file.read(self.body_size)
-        if zlib.crc32(body) != self.body_crc:
+            body, mark = map_body(self.file, self.body_start, self.body_size)
+        if mark != known and zlib.crc32(body) != self.body_crc:
             raise ShardError(f"index {self.file}: damaged; delete it, it will be made again")
-        n, m = self.samples, sum(self.extensions.values())
-        if n < 1 or m < n or len(body) < 8 * (2 * n + 2 + 3 * m):
+        members = divide(body, self.samples, sum(self.extensions.values()))
+        if members is None:
             raise ShardError(f"index {self.file}: damaged; delete it, it will be made again")
-        arrays, at = [], 0
-        for length in (n + 1, m, m, m, n + 1):
-            arrays.append(np.frombuffer(body, "<i8", length, at))
-            at += 8 * length
-        members = Members(*arrays, keys=memoryview(body)[at:])  # type: ignore[arg-type]
-        if not _is_sound(members, len(self.extensions), self.tar_size):
+        if mark != known and not is_sound(members, len(self.extensions), self.tar_size):
             raise ShardError(f"index {self.file}: its numbers do not fit the tar; delete it, it will be made again")
-        return members
-
-
-def _is_sound(members: Members, extensions: int, tar_size: int) -> bool:
-    """Whether all numbers of an index point into its tar and into itself."""
-    starts, offsets, sizes, codes, key_starts, keys = members
-    return bool(
-        starts[0] == key_starts[0] == 0
-        and starts[-1] == len(offsets)
-        and key_starts[-1] == len(keys)
-        and (starts[1:] > starts[:-1]).all()
-        and (key_starts[1:] >= key_starts[:-1]).all()
-        and ((codes >= 0) & (codes < extensions)).all()
-        and (offsets % BLOCK == 0).all()
-        and ((offsets >= BLOCK) & (sizes >= 0) & (sizes <= tar_size - offsets)).all()
-    )
+        return members, mark
 
 
 def index_shard(path: str) -> ShardIndex:
@@ -345,6 +317,7 @@ _STORED = {
 def _bytes(index: ShardIndex) -> bytes:
     assert index.body is not None
     head = json.dumps({name: getattr(index, name) for name in _STORED}).encode()
+    head += b" " * (-(_START.size + len(head)) % 8)  # so that the numbers behind it are aligned
     return _START.pack(_MAGIC, len(head), zlib.crc32(head)) + head + index.body
 
 

@@ -1,108 +1,49 @@
-"""Shards: naming them, and reading any sample of them at once.
+"""Shards: reading any sample of them at once.
 
 A shard is a plain tar in the WebDataset layout: ``000000012.jpg``, ``000000012.txt``, ... belong together, see
 :mod:`mmssl.data.index`.  A sample is read by its number with one system call.  Nothing in a shard is ever unpickled
 or run.
 """
 
-import glob
 import hashlib
 import json
 import os
-import re
 import time
 import warnings
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, product
+from contextlib import suppress
+from itertools import accumulate
 from operator import add
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from mmssl.data.bodies import Mark, Members, mark
 from mmssl.data.cache import Cache
+from mmssl.data.descriptors import make_room, register
 from mmssl.data.extents import Extents, check_header
-from mmssl.data.index import Members, ShardIndex, index_shards
-from mmssl.data.remote import base_name, find, has_magic, is_remote
+from mmssl.data.index import ShardIndex, index_shards
+from mmssl.data.patterns import expand
+from mmssl.data.remote import base_name, is_remote
 from mmssl.data.tar import BLOCK, ShardError, open_shard, read_exactly
 from mmssl.types import Sample
 
-_OPEN_SHARDS = 256
 _LOOK_AGAIN = 1.0  # seconds after which a shard that is open is asked for its size and time of change once more
 
 
-def expand(patterns: str | Sequence[str]) -> list[str]:
-    """Paths and URLs of shards from paths, URLs, braces, globs and folders, in order.
+class _File:
+    """Closes a descriptor when nobody uses it any more: a thread may still read of a shard that is given back."""
 
-    ``{000..127}`` counts (leading zeros are kept), ``{a,b}`` lists, ``* ? [ ]`` match files in sorted order, and a
-    folder (of a remote store: a URL that ends in "/") stands for its ``*.tar``.  A missing file is not noticed here,
-    an empty match is.
+    __slots__ = ("fd",)
 
-    Raises:
-        ValueError: for a pattern that matches nothing, a shard named twice, a scheme that is not allowed (see
-            :mod:`mmssl.data.remote`), or a glob of HTTP URLs, whose servers cannot list files.
-    """
-    paths: list[str] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        remote = is_remote(pattern)
-        for part in _expand_braces(pattern if remote else _local(pattern)):
-            if remote and (part.endswith("/") or has_magic(part)):
-                found = [
-                    url for url in find(part + "*.tar" if part.endswith("/") else part) if not url.endswith(".idx")
-                ]
-            elif remote:
-                found = [part]
-            elif os.path.isdir(part):
-                found = sorted(glob.glob(os.path.join(glob.escape(part), "*.tar")))
-            elif glob.has_magic(part):
-                found = sorted(path for path in glob.glob(part) if not path.endswith(".idx"))
-            else:
-                found = [part]
-            if not found:
-                where = "" if remote else f" (working folder {os.getcwd()})"
-                raise ValueError(f"no shard matches {part!r}{where}; check the path")
-            paths += found
-    if not paths:
-        raise ValueError("no shards are named; give a path, a brace pattern, a glob or a list of them")
-    twice = [
-        path for path, times in Counter(p if is_remote(p) else os.path.realpath(p) for p in paths).items() if times > 1
-    ]
-    if twice:
-        raise ValueError(f"shard {twice[0]} is named twice ({len(twice)} such shards); name every shard once")
-    return paths
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
 
-
-def _real(path: str, folders: dict[str, str]) -> str:
-    """As os.path.realpath, but quick for very many files of few folders."""
-    if os.path.islink(path):
-        return os.path.realpath(path)
-    folder, name = os.path.split(path)
-    if folder not in folders:
-        folders[folder] = os.path.realpath(folder)
-    return os.path.join(folders[folder], name)
-
-
-def _local(pattern: str) -> str:
-    return os.path.expanduser(re.sub("^file:(//)?", "", pattern, flags=re.IGNORECASE))
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    parts = re.split(r"\{([^{}]*)\}", pattern)
-    if any("{" in part or "}" in part for part in parts[::2]):
-        raise ValueError(f"shards {pattern!r}: braces do not match or are nested; list the patterns instead")
-    choices = [[part] if i % 2 == 0 else _choices(part, pattern) for i, part in enumerate(parts)]
-    return ["".join(choice) for choice in product(*choices)]
-
-
-def _choices(inside: str, pattern: str) -> list[str]:
-    counted = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
-    if counted is None:
-        return inside.split(",")
-    first, last = int(counted[1]), int(counted[2])
-    if not 0 <= last - first < 10_000_000:
-        raise ValueError(f"shards {pattern!r}: {{{inside}}} does not count upwards; write {{first..last}}")
-    return [str(n).zfill(len(counted[1])) for n in range(first, last + 1)]
+    def __del__(self) -> None:
+        os.close(self.fd)
 
 
 class _Open(NamedTuple):
@@ -116,6 +57,7 @@ class _Open(NamedTuple):
     key_starts: memoryview
     keys: bytes | memoryview
     extensions: list[str]
+    file: _File  # keeps fd open
     looked: list[float]  # the one moment of the last look at its size and time of change
 
 
@@ -130,17 +72,18 @@ def fingerprint(shards: Sequence[ShardIndex]) -> str:
 class ShardSet:
     """The samples of several shards under one running number, read in any order.
 
-    Local shards are opened when first needed, at most 256 at a time.  Of remote ones neighbouring samples are fetched
-    together, see :mod:`mmssl.data.extents`.  Safe to fork and to pickle.
+    Local shards are opened when first needed and stay open as long as there are few enough of them, see
+    :mod:`mmssl.data.descriptors`.  Of remote ones neighbouring samples are fetched together, see
+    :mod:`mmssl.data.extents`.  Safe to fork and to pickle.
 
     Args:
-        patterns: see :func:`expand`.
+        patterns: see :func:`mmssl.data.patterns.expand`.
         cache: for remote shards; the default one if there is none.
         progress: called with every shard's index when it is known.
 
     Raises:
         ShardError: for shards that are missing, damaged or empty.
-        ValueError: see :func:`expand`.
+        ValueError: see :func:`mmssl.data.patterns.expand`.
     """
 
     def __init__(
@@ -161,17 +104,31 @@ class ShardSet:
         self._remote = [is_remote(shard.path) for shard in self.shards]
         self._extents = Extents(self.shards, self._starts, cache or Cache()) if any(self._remote) else None
         self._group = 1
+        self._begin()
+
+    def _begin(self) -> None:
         self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._known: dict[int, tuple[Mark, Mark]] = {}  # tar and index that were compared, by shard
+        register(self)
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_known")}
 
-    def __del__(self) -> None:
-        for shard in getattr(self, "_open", {}).values():
-            os.close(shard.fd)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def held(self) -> int:
+        """Number of open files: two for each open shard, the tar and its index."""
+        return 2 * len(self._open)
+
+    def give_back(self) -> None:
+        """Close the shard that was unused the longest."""
+        with suppress(KeyError):  # none is open
+            self._open.popitem(last=False)
 
     @property
     def remote(self) -> bool:
@@ -267,48 +224,53 @@ class ShardSet:
 
     def _shard(self, number: int) -> _Open:
         shard = self._open.get(number)
-        index = self.shards[number]
-        if shard is not None:
+        if shard is None:
+            return self._open_shard(number)
+        try:  # noqa: SIM105 (this way it costs nothing)
             self._open.move_to_end(number)
-            now = time.monotonic()
-            if now - shard.looked[0] > _LOOK_AGAIN:
-                shard.looked[0] = now
-                _check_same(shard.fd, index)
-            return shard
-        fd = open_shard(index.path)
+        except KeyError:  # given back in this moment, by another thread
+            pass
+        now = time.monotonic()
+        if now - shard.looked[0] > _LOOK_AGAIN:
+            shard.looked[0] = now
+            _check_same(os.fstat(shard.fd), self.shards[number])
+        return shard
+
+    def _open_shard(self, number: int) -> _Open:
+        index, known = self.shards[number], self._known.get(number)
+        make_room()
+        file = _File(open_shard(index.path))
+        tar = os.fstat(file.fd)
+        _check_same(tar, index)
         try:
-            _check_same(fd, index)
-        except ShardError:
-            os.close(fd)
-            raise
-        try:
-            members = index.members()
+            members, own = index.open_members(known and known[1])
         except (OSError, ShardError) as error:
-            os.close(fd)
             raise ShardError(f"shard {index.path}: its index {index.file} cannot be read ({error})") from None
-        try:
-            _check_some(fd, index, members)
-        except ShardError:
-            os.close(fd)
-            raise
-        if len(self._open) >= _OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1].fd)
+        # Looking at the whole index and at headers takes a hundred times as long as opening: once is enough.
+        if known != (mark(tar), own):
+            _check_some(file.fd, index, members)
+            self._known[number] = mark(tar), own
+        starts, offsets, sizes, codes, key_starts = map(_numbers, members[:5])
         shard = self._open[number] = _Open(
-            fd,
-            members.starts.data,
-            members.offsets.data,
-            members.sizes.data,
-            members.codes.data,
-            members.key_starts.data,
+            file.fd,
+            starts,
+            offsets,
+            sizes,
+            codes,
+            key_starts,
             members.keys,
             list(index.extensions),
+            file,
             [time.monotonic()],
         )
         return shard
 
 
-def _check_same(fd: int, index: ShardIndex) -> None:
-    stat = os.fstat(fd)
+def _numbers(array: NDArray[np.int64]) -> memoryview:
+    return array.view(np.uint8).data.cast("q")  # also where the numbers are not aligned, in older files
+
+
+def _check_same(stat: os.stat_result, index: ShardIndex) -> None:
     if (stat.st_size, stat.st_mtime_ns) != (index.tar_size, index.tar_mtime):
         raise ShardError(f"shard {index.path}: changed since it was indexed; start again to index it anew")
 

@@ -16,6 +16,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from mmssl.data.descriptors import opened
+
 BLOCK = 512
 _FAR = 16 << 10  # headers that lie closer than this are read together
 _SHORTEST, _LONGEST = 8 << 10, 1 << 20  # of one read, in bytes
@@ -136,7 +138,7 @@ def open_shard(path: str) -> int:
     """A file descriptor for reading.  Raises ShardError where the system refuses."""
     try:
         # Not to wait for ever for the other end, where a path is a named pipe; a file does not feel it.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = opened(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
     except OSError as error:
         remedy = "check the path" if error.errno == errno.ENOENT else "check its permissions and its disk"
         raise ShardError(f"shard {path}: {error.strerror}; {remedy}") from None

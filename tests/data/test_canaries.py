@@ -19,7 +19,8 @@ from pairs import caption, picture
 
 from mmssl.cli import main
 from mmssl.data.datamodule import DataModule
-from mmssl.data.shards import ShardSet, expand
+from mmssl.data.patterns import expand
+from mmssl.data.shards import ShardSet
 from mmssl.data.tokenizer import TextTokenizer
 
 NAMES = [

@@ -18,7 +18,8 @@ from mmssl.data.cache import Cache
 from mmssl.data.extents import cut
 from mmssl.data.index import index_shard, index_shards
 from mmssl.data.remote import RemoteReader, Stat, fetch, stat
-from mmssl.data.shards import ShardSet, expand
+from mmssl.data.patterns import expand
+from mmssl.data.shards import ShardSet
 from mmssl.data.stream import Source, TrainStream
 from mmssl.data.tar import ShardError, scan
 

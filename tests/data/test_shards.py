@@ -1,7 +1,11 @@
+import contextlib
 import io
+import multiprocessing
 import os
 import pickle
+import resource
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +14,10 @@ from toy_stream import write_shards
 from webdataset import TarWriter
 
 from mmssl.data import index as index_module
+from mmssl.data import shards as shards_module
 from mmssl.data.index import index_shard, split_name
-from mmssl.data.shards import ShardSet, expand
+from mmssl.data.patterns import expand
+from mmssl.data.shards import ShardSet
 from mmssl.data.tar import LocalReader, ShardError, open_shard, scan
 
 
@@ -391,11 +397,101 @@ def test_fingerprint(tmp_path: Path) -> None:
 
 
 def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmssl.data.shards._OPEN_SHARDS", 3)
-    shards = ShardSet(write_shards(tmp_path, 20, shards=10))
+    monkeypatch.setattr("mmssl.data.descriptors._MOST", 16)  # of which half are for shards, two for each
+    one, other = (ShardSet(write_shards(tmp_path / name, 20, shards=10)) for name in "ab")
     before = len(os.listdir("/proc/self/fd"))
     for i in [*range(20), *range(19, -1, -1)]:
-        assert shards.read(i).members["txt"] == f"text {i}".encode()
-    assert len(os.listdir("/proc/self/fd")) - before <= 3
-    del shards
+        for shards in (one, other):
+            assert shards.read(i).members["txt"] == f"text {i}".encode()
+            assert len(os.listdir("/proc/self/fd")) - before <= 8
+    assert one.held() + other.held() == 8
+    del one, other, shards
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def _read_with_few_files(folder: str, sets: int, taken: int, limit: tuple[int, int]) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    others = [os.open("/dev/null", os.O_RDONLY) for _ in range(taken)]
+    shards = [ShardSet(f"{folder}/{number}") for number in range(sets)]
+    for i in [*range(120), *range(119, -1, -1)]:
+        for each in shards:
+            assert each.read(i).members["txt"] == f"text {i}".encode()
+    assert len(others) == taken
+
+
+@pytest.mark.parametrize(
+    ("taken", "limit"),
+    [
+        (0, (96, 96)),  # less than the 240 shards of all sets need: half of it is held
+        (70, (96, 96)),  # others hold so many that the system refuses before that
+        (0, (64, 1024)),  # the soft limit is raised
+    ],
+)
+def test_sets_of_many_shards_share_few_files(tmp_path: Path, taken: int, limit: tuple[int, int]) -> None:
+    for number in range(4):
+        write_shards(tmp_path / f"{number}", 120, shards=60)
+    process = multiprocessing.get_context("spawn").Process(
+        target=_read_with_few_files, args=(str(tmp_path), 4, taken, limit)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_no_file_left_at_all_is_told_with_the_remedy(tmp_path: Path) -> None:
+    shards = ShardSet(write_shards(tmp_path, 4, shards=2))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, before[1]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(resource, "setrlimit", lambda *arguments: None)  # as where the hard limit is as low
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.append(os.open("/dev/null", os.O_RDONLY))
+            with pytest.raises(ShardError, match=r"00000\.tar: Too many open files .*raise ulimit -n"):
+                shards.read(0)
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert shards.read(0).members == {"txt": b"text 0"}
+
+
+def test_an_index_is_looked_through_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard that was closed for others is opened again without that, unless one of its files was replaced."""
+    sums, headers = [], []
+    real_crc, real_check = index_module.zlib.crc32, shards_module._check_some
+
+    class Counting:
+        @staticmethod
+        def crc32(data: bytes) -> int:
+            sums.append(len(data))
+            return real_crc(data)
+
+    monkeypatch.setattr("mmssl.data.descriptors._MOST", 16)
+    shards = ShardSet(write_shards(tmp_path, 40, shards=20))
+    monkeypatch.setattr(index_module, "zlib", Counting)
+    monkeypatch.setattr(shards_module, "_check_some", lambda *args: headers.append(1) or real_check(*args))
+    for _ in range(3):
+        for i in range(40):
+            assert shards.read(i).members["txt"] == f"text {i}".encode()
+    assert len(sums) == len(headers) == 20
+    stored = tmp_path / "00000.tar.idx"
+    damaged = bytearray(stored.read_bytes())
+    damaged[-1] ^= 1
+    (tmp_path / "new").write_bytes(damaged)
+    os.replace(tmp_path / "new", stored)
+    with pytest.raises(ShardError, match=r"its index .* cannot be read .*delete it"):
+        shards.read(0)
+
+
+def test_an_index_in_memory_is_used_where_it_is(tmp_path: Path) -> None:
+    """Read again and again, without a copy of its bytes for each time."""
+    shards = ShardSet(write_shards(tmp_path, 40, shards=20))
+    shards.shards[:] = [
+        replace(index, file=None, body=Path(str(index.file)).read_bytes()[index.body_start :])
+        for index in shards.shards
+    ]
+    assert shards.read(21).members["txt"] == b"text 21"
+    assert shards._open[10].keys.obj is shards.shards[10].body  # type: ignore[union-attr]
