@@ -263,7 +263,7 @@ def upload(folder: Path, repository: str, public: bool, dry_run: bool) -> None:
     try:
         huggingface_hub.create_repo(repository, private=not public, exist_ok=True)
         huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export of mmssl")
-    except (HfHubHTTPError, OSError) as error:
+    except (OSError, HfHubHTTPError.__bases__[0]) as error:  # the base: what its HTTP library raises without a network
         raise ValueError(
             f"--push {repository}: the hub did not take it ({first_line(error)}); {folder} is written and whole: "
             "check the network and your login (hf auth login)"

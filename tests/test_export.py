@@ -243,3 +243,17 @@ def test_push(joint_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert main(["export", str(joint_run), "--out", str(tmp_path / "no"), "--push", "nobody"]) == 2
     assert "owner/name" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_a_push_without_network_leaves_the_folder(joint_run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any):
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise HfHubHTTPError.__bases__[0]("no route to host")  # what the HTTP library raises, which is no OSError
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", refuse)
+    assert main(["export", str(joint_run), "--out", str(tmp_path / "out"), "--push", "someone/backbone"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "no route to host" in error
+    assert "\n" not in error
+    assert mmssl.load_backbone(tmp_path / "out").about["step"] == 4

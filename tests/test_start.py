@@ -40,13 +40,15 @@ def official_mae(path: Path, img_size: int = 32) -> dict[str, Tensor]:
     return state
 
 
-@pytest.mark.parametrize("form", ["mae", "safetensors"])
+@pytest.mark.parametrize("form", ["mae", "safetensors", "timm's folder"])
 def test_a_file_of_image_weights(tmp_path: Path, capsys: Any, form: str, tokenizer_path: str):
     state = official_mae(tmp_path / "mae.pth")
     path = tmp_path / "mae.pth"
-    if form == "safetensors":
-        path = tmp_path / "weights.safetensors"
+    if form != "mae":
+        path = tmp_path / "model.safetensors"
         save_file(state, path)
+    if form == "timm's folder":
+        (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
     module = mmssl.MMM(
         tokenizer=tokenizer_path, backbone=VIT, backbone_options={**TINY, "experts": True}, init_from=str(path), **SMALL
     )

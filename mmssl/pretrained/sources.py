@@ -132,12 +132,12 @@ def find_source(source: str | Path, weights: Weights = "online") -> Source:
 def _fetched(repository: str) -> Path:
     """The folder of a repository on the Hugging Face hub, downloaded unless it is in the cache."""
     import huggingface_hub  # here, for most sources are on the disk
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     wanted = [CONFIG_FILE, IMAGE_FILE, TEXT_FILE, TOKENIZER_FILE]
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (OSError, HFValidationError, HfHubHTTPError.__bases__[0]) as error:  # the base: its HTTP library's own
         raise ValueError(
             f"there is no {repository} on this machine, and the hub does not give it ({first_line(error)}); check the "
             "name, the network and your login (hf auth login)"
@@ -152,7 +152,9 @@ def _read_export(folder: Path, weights: Weights) -> Source:
         raise CheckpointError(f"cannot load {folder}: {CONFIG_FILE} cannot be read ({first_line(error)})") from error
     ours = config.get("mmssl") if isinstance(config, dict) else None
     if not isinstance(ours, dict):
-        raise ValueError(f"{folder} is no export of mmssl: {CONFIG_FILE} has no section 'mmssl'; is it plain timm's?")
+        raise ValueError(
+            f"{folder} is no export of mmssl: {CONFIG_FILE} has no section 'mmssl'; init_from takes the weights' file"
+        )
     check_format(ours.get("format"), str(folder))
     if ours["weights"] != weights and weights == "ema":
         raise ValueError(f"{folder} holds the {ours['weights']} weights; export the run again with --weights {weights}")

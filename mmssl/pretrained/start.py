@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmssl.backbone import Backbone
 from mmssl.data.tokenizer import TextTokenizer
-from mmssl.pretrained.sources import Source, find_source
+from mmssl.pretrained.sources import CONFIG_FILE, Source, find_source
 from mmssl.pretrained.whole import CheckpointError, first_line
 
 _ANCHOR = "patch_embed.proj.weight"
@@ -97,7 +97,8 @@ def start_from(backbone: Backbone, source: str, tokenizer: TextTokenizer | None 
 
 def _is_weights_file(path: Path) -> bool:
     """Whether a file holds a vision transformer alone, and is neither a checkpoint of mmssl nor part of an export."""
-    if not path.is_file() or (path.parent / "config.json").is_file():
+    config = path.parent / CONFIG_FILE
+    if not path.is_file() or (config.is_file() and '"mmssl"' in config.read_text(encoding="utf-8")):
         return False
     if path.suffix == ".safetensors":
         return True
