@@ -112,9 +112,13 @@ def _read_all(report: ShardReport, depth: Depth) -> None:
     path = report.path
     offsets = _scan(path)  # anew: a stored index says nothing of what happened to the tar since
     with tempfile.TemporaryDirectory(prefix="mmssl-check-") as folder:  # what training has cached stays where it is
-        shards = ShardSet([path if is_remote(path) else glob.escape(path)], cache=Cache(folder, limit_gb=1))
-        shards.group = _GROUP
-        _read_samples(report, shards, offsets, depth)
+        cache = Cache(folder, limit_gb=1)
+        try:
+            shards = ShardSet([path if is_remote(path) else glob.escape(path)], cache=cache)
+            shards.group = _GROUP
+            _read_samples(report, shards, offsets, depth)
+        finally:
+            cache.close()
 
 
 def _read_samples(report: ShardReport, shards: ShardSet, offsets: set[int] | None, depth: Depth) -> None:

@@ -6,8 +6,9 @@ or threads that want the same piece, one fetches it and the others wait; the loc
 byte of the file ``lock``) falls with the process that holds it.
 
 When the pieces together would exceed the limit, those are deleted that were not used for the longest time.  A file that
-some process still has open is deleted as well, and goes on to be readable there.  Only files that end in ``.mmssl`` are
-counted and deleted; nothing else in the folder is touched.
+some process still has open is deleted as well, and goes on to be readable there; its room on the disk is free when it
+is closed.  So for a while more than the limit may be taken: at most a sixteenth of it, or four pieces, by each process.
+Only files that end in ``.mmssl`` are counted and deleted; nothing else in the folder is touched.
 
 Where the folder cannot be written, or its disk is full even after making room, there is one warning and reading goes
 on without a cache: every sample is then fetched alone, when it is needed, and a few are held in memory.
@@ -20,6 +21,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 import struct
 import tempfile
 import threading
@@ -40,14 +42,15 @@ _FIRST_LOCK = 1 << 20  # the bytes of the lock file behind this one stand for pi
 _PATIENCE = 120.0  # seconds to wait for another process, which may be stopped, before fetching a piece twice
 _WITHOUT = 60.0  # seconds without a cache, after the disk was full
 _MEMORY = 64 << 20  # bytes of pieces in memory, where there is no other cache
+_LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class Piece:
     """Bytes at hand: an open file, or memory."""
 
-    def __init__(self, content: int | bytes) -> None:
-        self._content = content
+    def __init__(self, content: int | bytes, size: int) -> None:
+        self._content, self.size = content, size
 
     @property
     def stored(self) -> bool:
@@ -56,6 +59,11 @@ class Piece:
     def __del__(self) -> None:
         if isinstance(self._content, int):
             os.close(self._content)
+
+    @property
+    def deleted(self) -> bool:
+        """Whether it lies in the cache no more, and takes room on the disk only because it is open."""
+        return isinstance(self._content, int) and os.fstat(self._content).st_nlink == 0
 
     def pread(self, length: int, offset: int) -> bytes:
         if isinstance(self._content, int):
@@ -94,9 +102,15 @@ class Cache:
         """Whether pieces can be stored.  If not, this was said in a warning."""
         return self._shared().usable(self)
 
-    def has(self, name: str) -> bool:
-        """Whether a piece is stored."""
-        return os.path.exists(self._path(name))
+    def close(self) -> None:
+        """Close the lock file of the folder in this process.  For a folder that nothing reads of any more.
+
+        To be called when no thread uses a cache on the folder; one that is used later begins anew.
+        """
+        with _registry_lock:
+            shared = _registry.pop(self.folder, None)
+        if shared is not None and shared.fd >= 0:
+            os.close(shared.fd)
 
     def get(self, name: str, size: int, fetch: Callable[[], bytes]) -> Piece:
         """A piece: the stored one, or what ``fetch`` returns, which is then stored.
@@ -141,9 +155,9 @@ class Cache:
             with shared.mutex:
                 self.fetches, self.fetched_bytes = self.fetches + 1, self.fetched_bytes + size
             if usable and self._store(shared, name, data):
-                return self._open(name, size) or Piece(data)
+                return self._open(name, size) or Piece(data, size)
         shared.remember(name, data)
-        return Piece(data)
+        return Piece(data, size)
 
     def _open(self, name: str, size: int) -> Piece | None:
         path = self._path(name)
@@ -151,7 +165,7 @@ class Cache:
             fd = opened(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except OSError:
             return None
-        piece = Piece(fd)
+        piece = Piece(fd, size)
         if os.fstat(fd).st_size != size:
             _remove(path)
             return None
@@ -251,11 +265,14 @@ class _Shared:
 
     def _begin(self, cache: Cache) -> int:
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
-        if cache._own and os.stat(self.folder).st_uid != os.getuid():
-            raise PermissionError(errno.EPERM, "belongs to another user")
+        about = os.lstat(self.folder)  # of a link itself, which somebody else may turn elsewhere
+        if cache._own and (about.st_uid != os.getuid() or not stat.S_ISDIR(about.st_mode)):
+            raise PermissionError(errno.EPERM, "belongs to another user, or is no folder")
+        if cache._own and about.st_mode & 0o022:
+            raise PermissionError(errno.EPERM, "others may write to it (chmod go-w)")
         with tempfile.TemporaryFile(dir=self.folder):  # a right to write is seen now, not at the first piece
             pass
-        fd = os.open(os.path.join(self.folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(os.path.join(self.folder, "lock"), _LOCK_FLAGS, 0o600)
         _pieces(self.folder)  # removes what killed processes left
         return fd
 
@@ -330,7 +347,7 @@ class _Shared:
             data = self.memory.get(name)
             if data is not None:
                 self.memory.move_to_end(name)
-        return None if data is None else Piece(data)
+        return None if data is None else Piece(data, len(data))
 
 
 def _evict(folder: str, limit: int, size: int) -> int:

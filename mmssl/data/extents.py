@@ -15,6 +15,7 @@ import atexit
 import os
 import queue
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
@@ -34,6 +35,8 @@ from mmssl.types import Sample
 _LARGEST = 64 << 20  # bytes of an extent
 _SMALL_GAP = 4096  # bytes that are fetched without need rather than asked around: an extended header fits
 _PLANS = 4096
+_FEW = 4  # pieces that are held open whatever their size
+_LOOK_AGAIN = 1.0  # seconds after which it is looked whether open pieces were deleted
 _THREADS = 8
 
 
@@ -77,6 +80,7 @@ class Extents:
         self._pieces: OrderedDict[str, Piece] = OrderedDict()
         self._checked: set[int] = set()
         self._asked: set[tuple[int, int, int]] = set()
+        self._looked = time.monotonic()
         self._known: dict[int, Mark] = {}  # indexes that were looked through, by shard
         register(self)
 
@@ -109,7 +113,7 @@ class Extents:
             make_room()
             piece = self._get(extent, plan)
             if piece.stored:
-                self._pieces[plan.name] = piece
+                self._hold(plan.name, piece)
         else:
             with suppress(KeyError):  # given back in this moment, by another thread
                 self._pieces.move_to_end(plan.name)
@@ -129,6 +133,19 @@ class Extents:
                     f"shard {shard.path}: its piece in the cache {self.cache.folder} is damaged; delete it"
                 )
         return Sample(members.key(local), shard.path, contents)
+
+    def _hold(self, name: str, piece: Piece) -> None:
+        """Keep a piece open: it is read again soon.  Those that were deleted meanwhile give back their room."""
+        now = time.monotonic()
+        if now - self._looked > _LOOK_AGAIN:
+            self._looked = now
+            for other in [key for key, one in list(self._pieces.items()) if one.deleted]:
+                self._pieces.pop(other, None)
+        self._pieces[name] = piece
+        over = sum(one.size for one in list(self._pieces.values())) - self.cache.limit // 16
+        while over > 0 and len(self._pieces) > _FEW:
+            with suppress(KeyError):  # given back in this moment, by another thread
+                over -= self._pieces.popitem(last=False)[1].size
 
     def prefetch(self, samples: Iterable[tuple[int, int]]) -> None:
         """Fetch the extents of these samples, (shard, local number) each, in the background."""

@@ -27,6 +27,10 @@ def filled(cache: Cache, name: str, size: int = 1000) -> bytes:
     return cache.get(name, size, lambda: name[:1].encode() * size).pread(size, 0)
 
 
+def has(cache: Cache, name: str) -> bool:
+    return os.path.exists(cache._path(name))
+
+
 def forget_process_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process."""
     monkeypatch.setattr(cache_module, "_registry", {})
@@ -38,8 +42,8 @@ def test_a_piece_is_fetched_once_and_then_read(tmp_path: Path) -> None:
         assert filled(cache, "a") == b"a" * 1000
         assert cache.get("a", 1000, lambda: pytest.fail("fetched again")).pread(10, 995) == b"a" * 5
     assert (cache.fetches, cache.fetched_bytes) == (1, 1000)
-    assert cache.has("a")
-    assert not cache.has("b")
+    assert has(cache, "a")
+    assert not has(cache, "b")
 
 
 def test_a_stored_piece_of_another_size_is_not_believed(tmp_path: Path) -> None:
@@ -97,15 +101,28 @@ def test_the_limit_holds_and_the_least_recently_used_go(tmp_path: Path) -> None:
     filled(cache, "b")  # used again: it stays
     time.sleep(0.01)
     filled(cache, "f")
-    assert cache.has("b")
-    assert cache.has("f")
-    assert not cache.has("a")
-    assert not cache.has("c")
+    assert has(cache, "b")
+    assert has(cache, "f")
+    assert not has(cache, "a")
+    assert not has(cache, "c")
     assert held.pread(1000, 0) == b"a" * 1000  # deleted, but still open here
     for number in range(200):
         filled(cache, f"{number}")
         assert sum(path.stat().st_size for path in stored(tmp_path)) <= 5000
     assert (tmp_path / "precious.txt").read_text() == "not ours"
+
+
+def test_a_folder_that_is_done_with_leaves_nothing_open(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(3):
+        cache = Cache(str(tmp_path / f"{number}"))
+        filled(cache, "a")
+        cache.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    filled(cache, "a")  # begins anew
+    assert cache.fetches == 1
+    cache.close()
+    cache.close()
 
 
 def test_what_lies_in_the_folder_already_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +177,7 @@ def test_on_a_full_disk_old_pieces_give_way_then_it_goes_without(
     monkeypatch.setattr(os, "write", write)
     room = 9
     assert filled(cache, "a") == b"a" * 1000
-    assert cache.has("a")
+    assert has(cache, "a")
     assert cache.usable
     room = -1
     with pytest.warns(UserWarning, match="No space left on device; going on without a cache"):
@@ -171,7 +188,7 @@ def test_on_a_full_disk_old_pieces_give_way_then_it_goes_without(
     monkeypatch.setattr(os, "write", real)
     cache._shared().broken_until = 0.0  # a minute later
     filled(cache, "c")
-    assert cache.has("c")
+    assert has(cache, "c")
 
 
 def test_the_default_folder_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,12 +197,36 @@ def test_the_default_folder_of_another_user_is_not_used(tmp_path: Path, monkeypa
     cache = Cache()
     assert cache.folder == str(tmp_path / f"mmssl-cache-{os.getuid()}")
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    Path(cache.folder).mkdir()
+    Path(cache.folder).mkdir(0o700)
     with pytest.warns(UserWarning, match="belongs to another user"):
         assert not cache.usable
     monkeypatch.setenv("MMSSL_CACHE", str(tmp_path / "mine"))
     assert Cache().folder == str(tmp_path / "mine")
     assert Cache(str(tmp_path / "given")).folder == str(tmp_path / "given")
+
+
+def test_the_default_folder_is_not_a_link_and_nobody_else_may_write_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MMSSL_CACHE", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = Path(Cache().folder)
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match="is no folder"):
+        assert not Cache().usable
+    folder.unlink()
+    folder.mkdir()
+    folder.chmod(0o777)
+    forget_process_state(monkeypatch)
+    with pytest.warns(UserWarning, match="others may write to it"):
+        assert not Cache().usable
+    folder.chmod(0o700)
+    (folder / "lock").symlink_to(tmp_path / "precious")
+    forget_process_state(monkeypatch)
+    with pytest.warns(UserWarning, match="going on without a cache"):
+        assert not Cache().usable
+    assert not (tmp_path / "precious").exists()
 
 
 # ---- several processes
@@ -223,7 +264,7 @@ def test_a_killed_process_leaves_nothing_that_is_believed(tmp_path: Path, victim
     cache = Cache(str(folder))
     assert cache.usable
     assert all(path.exists() for path in temporary), "its writer lives"
-    assert not cache.has("a")
+    assert not has(cache, "a")
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert filled(cache, "a", 1 << 20) == b"a" * (1 << 20)

@@ -17,8 +17,8 @@ from webdataset import TarWriter
 from mmssl.data.cache import Cache
 from mmssl.data.extents import cut
 from mmssl.data.index import index_shard, index_shards
-from mmssl.data.remote import RemoteReader, Stat, fetch, stat
 from mmssl.data.patterns import expand
+from mmssl.data.remote import RemoteReader, Stat, fetch, stat
 from mmssl.data.shards import ShardSet
 from mmssl.data.stream import Source, TrainStream
 from mmssl.data.tar import ShardError, scan
@@ -217,6 +217,24 @@ def test_large_samples_make_smaller_extents_and_a_tiny_limit_works(server: FileS
     assert max(sizes) <= 15_000
     with pytest.warns(UserWarning, match=r"limit of 6e-05 GB is less than the .* GB in use at once"):
         shards.check_cache(100)
+
+
+def test_open_pieces_are_bounded_and_deleted_ones_are_closed(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(server.folder, 60)
+    size = sum(path.stat().st_size for path in server.folder.glob("*.tar"))
+    shards = remote(server, tmp_path / "c", limit_gb=2 * size / 1e9)
+    assert equal(shards, local(server))
+    assert shards._extents is not None
+    open_pieces = shards._extents._pieces
+    assert 4 < len(open_pieces) < 60
+    assert sum(piece.size for piece in open_pieces.values()) <= 2 * size / 16
+    for path in (tmp_path / "c").glob("*.mmssl"):  # as another process that needs the room
+        path.unlink()
+    monkeypatch.setattr("mmssl.data.extents._LOOK_AGAIN", -1.0)
+    shards.read(30)
+    assert len(open_pieces) == 1
 
 
 def test_an_unusable_cache_folder_costs_speed_only(server: FileServer, tmp_path: Path) -> None:
