@@ -117,6 +117,19 @@ def test_every_family_of_timm(tmp_path: Path, name: str, options: dict[str, Any]
             assert torch.allclose(plain(normalised(ours, size)), encoded.pooled, rtol=0, atol=1e-6)
 
 
+def test_a_fine_tuned_model_is_exported_like_any(joint_run: Path, tmp_path: Path):
+    tuned = mmssl.PairClassifier(num_classes=3, backbone=str(joint_run))
+    with torch.no_grad():
+        tuned.network.backbone.vit.cls_token += 1
+    path = save_untrained(tuned, tmp_path / "a.ckpt")
+    shutil.copy(joint_run / "tokenizer.json", tmp_path / "tokenizer.json")
+    write_export(path, tmp_path / "out")
+    assert_equal(mmssl.load_backbone(tmp_path / "out"), mmssl.load_backbone(path))
+    assert torch.equal(
+        mmssl.load_backbone(tmp_path / "out").backbone.vit.cls_token, tuned.network.backbone.vit.cls_token
+    )
+
+
 def test_an_image_model_has_no_text_files(image_run: Path, tmp_path: Path):
     write_export(image_run, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -176,6 +189,7 @@ def test_what_cannot_be_exported_is_one_line(joint_run: Path, tmp_path: Path, ca
     [
         ("newer", "newer mmssl"),
         ("plain timm", "no export of mmssl"),
+        ("edited", "lacks backbone, weights"),
         ("cut weights", "damaged or cut short"),
         ("no text weights", "damaged or cut short"),
         ("no tokenizer", "no tokenizer"),
@@ -190,6 +204,8 @@ def test_a_spoiled_export_is_one_line(exported: Path, tmp_path: Path, how: str, 
         config["mmssl"]["format"] = 2
     elif how == "plain timm":
         del config["mmssl"]
+    elif how == "edited":
+        del config["mmssl"]["backbone"], config["mmssl"]["weights"]
     elif how == "cut weights":
         (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     elif how == "no text weights":

@@ -156,6 +156,8 @@ def _read_export(folder: Path, weights: Weights) -> Source:
             f"{folder} is no export of mmssl: {CONFIG_FILE} has no section 'mmssl'; init_from takes the weights' file"
         )
     check_format(ours.get("format"), str(folder))
+    if lacks := {"backbone", "options", "weights", "has_text", "tokenizer_sha256", "about"} - set(ours):
+        raise ValueError(f"{folder}: section 'mmssl' of {CONFIG_FILE} lacks {', '.join(sorted(lacks))}; export again")
     if ours["weights"] != weights and weights == "ema":
         raise ValueError(f"{folder} holds the {ours['weights']} weights; export the run again with --weights {weights}")
     files = {folder / IMAGE_FILE: "vit."}
