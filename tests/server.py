@@ -17,6 +17,7 @@ class FileServer:
     Attributes:
         log: (method, name, first byte, number of bytes sent) of every answer that carried a body.
         requests: number of requests.
+        most: the largest number of requests that were answered at once.
         faults: by the end of a name, what the next requests for it meet, one after the other: a status such as 500,
             "whole" (no range support), "stall" (no answer for ``pause`` seconds), "cut" (half a body), "wrong" (other
             bytes), "slow" (waits ``pause`` seconds, then answers).
@@ -27,7 +28,7 @@ class FileServer:
     def __init__(self, folder: Path, pause: float = 3.0) -> None:
         self.folder, self.pause = folder, pause
         self.log: list[tuple[str, str, int, int]] = []
-        self.requests = 0
+        self.requests = self.most = self._running = 0
         self.faults: dict[str, list[int | str]] = {}
         self.always: dict[str, int | str] = {}
         self.headers = True
@@ -41,7 +42,14 @@ class FileServer:
                 pass
 
             def do_GET(self) -> None:
-                outer._answer(self)
+                with outer._lock:
+                    outer._running += 1
+                    outer.most = max(outer.most, outer._running)
+                try:
+                    outer._answer(self)
+                finally:
+                    with outer._lock:
+                        outer._running -= 1
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True

@@ -102,6 +102,10 @@ class Cache:
         """Whether pieces can be stored.  If not, this was said in a warning."""
         return self._shared().usable(self)
 
+    def has(self, name: str) -> bool:
+        """Whether a piece is stored."""
+        return os.path.exists(self._path(name))
+
     def close(self) -> None:
         """Close the lock file of the folder in this process.  For a folder that nothing reads of any more.
 

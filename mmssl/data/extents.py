@@ -16,8 +16,9 @@ import os
 import queue
 import threading
 import time
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from mmssl.data.bodies import Mark, Members
 from mmssl.data.cache import Cache, Piece
 from mmssl.data.descriptors import make_room, register
 from mmssl.data.index import ShardIndex, split_name
-from mmssl.data.remote import Stat, check_same, fetch, is_http, stat
+from mmssl.data.remote import Stat, check_same, fetch, is_http, is_remote, stat
 from mmssl.data.tar import BLOCK, ShardError, read_header
 from mmssl.types import Sample
 
@@ -101,13 +102,16 @@ class Extents:
         with suppress(KeyError):  # nothing is open
             more.popitem(last=False)
 
-    def read(self, number: int, local: int) -> Sample:
-        """Sample ``local`` of shard ``number``."""
+    def read(self, number: int, local: int, alone: bool = False) -> Sample:
+        """Sample ``local`` of shard ``number``; ``alone``: fetched without its neighbours, unless they are there."""
         if self._process != os.getpid():  # forked: a lock may be held by a thread that is not here
             self._begin()
         shard, members = self.shards[number], self._members_of(number)
         extent = self._extent(number, local)
         plan = self._plan(extent)
+        if alone and extent not in self._asked and plan.name not in self._pieces and not self.cache.has(plan.name):
+            extent = number, local, local + 1
+            plan = self._plan(extent)
         piece = self._pieces.get(plan.name)
         if piece is None:
             make_room()
@@ -148,14 +152,21 @@ class Extents:
                 over -= self._pieces.popitem(last=False)[1].size
 
     def prefetch(self, samples: Iterable[tuple[int, int]]) -> None:
-        """Fetch the extents of these samples, (shard, local number) each, in the background."""
+        """Fetch the groups of these samples, (shard, local number) each, in the background."""
         if self._process != os.getpid():
             self._begin()
+        groups: set[int] = set()
         for number, local in samples:
-            extent = self._extent(number, local)
-            if extent not in self._asked:
-                self._asked.add(extent)
-                _in_background(self, extent)
+            group = (self.starts[number] + local) // self.group
+            if not self.cache.usable:  # then every sample is fetched alone
+                extents = [self._extent(number, local)]
+            else:
+                extents = [] if group in groups else list(self._extents_of(group))
+            groups.add(group)
+            for extent in extents:
+                if extent not in self._asked:
+                    self._asked.add(extent)
+                    _in_background(self, extent)
 
     def fetch_now(self, extent: tuple[int, int, int]) -> None:
         """What a background thread does.  Errors are left to the read that needs the extent."""
@@ -181,6 +192,18 @@ class Extents:
         low = index // self.group * self.group
         first = low + (index - low) // most * most
         return number, max(first - start, 0), min(first + most, low + self.group, start + shard.samples) - start
+
+    def _extents_of(self, group: int) -> Iterator[tuple[int, int, int]]:
+        """All extents of a group: several where it goes over a shard's end, or its samples are large."""
+        index, end = group * self.group, min((group + 1) * self.group, self.starts[-1])
+        while index < end:
+            number = bisect_right(self.starts, index) - 1
+            if is_remote(self.shards[number].path):
+                extent = self._extent(number, index - self.starts[number])
+                yield extent
+                index = self.starts[number] + extent[2]
+            else:
+                index = self.starts[number + 1]
 
     def _plan(self, extent: tuple[int, int, int]) -> _Plan:
         with self._lock:
@@ -296,10 +319,10 @@ def _work(tasks: "queue.SimpleQueue[tuple[Extents, tuple[int, int, int]]]") -> N
         extents, extent = tasks.get()
         try:
             extents.fetch_now(extent)
-        except Exception:  # at the end of the process loops and connections are closed while they are used here
-            if not _ending.is_set():
-                raise
-            return
+        except Exception:  # noqa: BLE001 (whatever it is, the read that needs the extent meets it as well)
+            # At the end of the process loops and connections are closed while they are used here.
+            if _ending.is_set():
+                return
         del extents
 
 

@@ -319,6 +319,7 @@ def _line(error: BaseException) -> str:
 
 _systems: dict[str, Any] = {}
 _systems_lock = threading.Lock()
+_inherited: list[Any] = []  # of the parent
 
 
 def _system(url: str) -> tuple[Any, str]:
@@ -354,9 +355,12 @@ def _call(system: Any, name: str, path: str, limit: float, *more: Any, **options
 def _forget() -> None:
     """In a forked child: connections, loops and locks are the parent's."""
     global _systems_lock
+    # Never collected: their end would take the parent's sockets out of the epoll that parent and child share.
+    _inherited.extend(_systems.values())
     _systems.clear()
     _systems_lock = threading.Lock()
     if "fsspec.asyn" in sys.modules:
+        _inherited.extend(sys.modules["fsspec.asyn"].loop)
         sys.modules["fsspec.asyn"].reset_lock()
 
 

@@ -136,11 +136,6 @@ class ShardSet:
         return self._extents is not None
 
     @property
-    def cache(self) -> Cache | None:
-        """Through which remote shards are read; None without any."""
-        return None if self._extents is None else self._extents.cache
-
-    @property
     def group(self) -> int:
         """How many neighbouring samples of a remote shard are fetched together; set it to the order's block."""
         return self._group
@@ -192,8 +187,12 @@ class ShardSet:
         """See :func:`fingerprint`."""
         return fingerprint(self.shards)
 
-    def read(self, index: int) -> Sample:
+    def read(self, index: int, alone: bool = False) -> Sample:
         """Sample number ``index``, with the bytes of all its members.
+
+        Args:
+            index: its number.
+            alone: of a remote shard, fetch this sample without its neighbours, which nobody is going to read.
 
         Raises:
             ShardError: if the shard changed since it was indexed, or its disk fails.
@@ -203,7 +202,7 @@ class ShardSet:
         number = bisect_right(self._starts, index) - 1
         if self._remote[number]:
             assert self._extents is not None
-            return self._extents.read(number, index - self._starts[number])
+            return self._extents.read(number, index - self._starts[number], alone)
         path = self.shards[number].path
         shard = self._shard(number)
         local = index - self._starts[number]

@@ -27,10 +27,6 @@ def filled(cache: Cache, name: str, size: int = 1000) -> bytes:
     return cache.get(name, size, lambda: name[:1].encode() * size).pread(size, 0)
 
 
-def has(cache: Cache, name: str) -> bool:
-    return os.path.exists(cache._path(name))
-
-
 def forget_process_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process."""
     monkeypatch.setattr(cache_module, "_registry", {})
@@ -42,8 +38,8 @@ def test_a_piece_is_fetched_once_and_then_read(tmp_path: Path) -> None:
         assert filled(cache, "a") == b"a" * 1000
         assert cache.get("a", 1000, lambda: pytest.fail("fetched again")).pread(10, 995) == b"a" * 5
     assert (cache.fetches, cache.fetched_bytes) == (1, 1000)
-    assert has(cache, "a")
-    assert not has(cache, "b")
+    assert cache.has("a")
+    assert not cache.has("b")
 
 
 def test_a_stored_piece_of_another_size_is_not_believed(tmp_path: Path) -> None:
@@ -101,10 +97,10 @@ def test_the_limit_holds_and_the_least_recently_used_go(tmp_path: Path) -> None:
     filled(cache, "b")  # used again: it stays
     time.sleep(0.01)
     filled(cache, "f")
-    assert has(cache, "b")
-    assert has(cache, "f")
-    assert not has(cache, "a")
-    assert not has(cache, "c")
+    assert cache.has("b")
+    assert cache.has("f")
+    assert not cache.has("a")
+    assert not cache.has("c")
     assert held.pread(1000, 0) == b"a" * 1000  # deleted, but still open here
     for number in range(200):
         filled(cache, f"{number}")
@@ -177,7 +173,7 @@ def test_on_a_full_disk_old_pieces_give_way_then_it_goes_without(
     monkeypatch.setattr(os, "write", write)
     room = 9
     assert filled(cache, "a") == b"a" * 1000
-    assert has(cache, "a")
+    assert cache.has("a")
     assert cache.usable
     room = -1
     with pytest.warns(UserWarning, match="No space left on device; going on without a cache"):
@@ -188,7 +184,7 @@ def test_on_a_full_disk_old_pieces_give_way_then_it_goes_without(
     monkeypatch.setattr(os, "write", real)
     cache._shared().broken_until = 0.0  # a minute later
     filled(cache, "c")
-    assert has(cache, "c")
+    assert cache.has("c")
 
 
 def test_the_default_folder_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +260,7 @@ def test_a_killed_process_leaves_nothing_that_is_believed(tmp_path: Path, victim
     cache = Cache(str(folder))
     assert cache.usable
     assert all(path.exists() for path in temporary), "its writer lives"
-    assert not has(cache, "a")
+    assert not cache.has("a")
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert filled(cache, "a", 1 << 20) == b"a" * (1 << 20)
