@@ -230,7 +230,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/study-finetune"))
     parser.add_argument("--pretrain_steps", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=300, help="of every classifier")
+    parser.add_argument("--steps", type=int, default=200, help="of every classifier")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pretrained", help="a backbone to begin with, in place of pretraining one")
     main(**vars(parser.parse_args()))
