@@ -29,7 +29,7 @@ from mmssl.data.bodies import Mark, Members
 from mmssl.data.cache import Cache, Piece
 from mmssl.data.descriptors import make_room, register
 from mmssl.data.index import ShardIndex, split_name
-from mmssl.data.remote import Stat, check_same, fetch, is_http, is_remote, stat
+from mmssl.data.remote import Stat, check_same, fetch, is_http, is_remote, shown, stat
 from mmssl.data.tar import BLOCK, ShardError, read_header
 from mmssl.types import Sample
 
@@ -134,9 +134,9 @@ class Extents:
             contents[extensions[code]] = data = piece.pread(size, plan.place(offset)) if size else b""
             if len(data) < size:
                 raise ShardError(
-                    f"shard {shard.path}: its piece in the cache {self.cache.folder} is damaged; delete it"
+                    f"shard {shown(shard.path)}: its piece in the cache {self.cache.folder} is damaged; delete it"
                 )
-        return Sample(members.key(local), shard.path, contents)
+        return Sample(members.key(local), shown(shard.path), contents)
 
     def _hold(self, name: str, piece: Piece) -> None:
         """Keep a piece open: it is read again soon.  Those that were deleted meanwhile give back their room."""
@@ -213,7 +213,8 @@ class Extents:
             shard, members = self.shards[number], self._members_of(number)
             own = slice(*members.starts[[first, stop]].tolist())
             parts = cut(members.offsets[own], members.sizes[own], shard)
-            plan = _Plan(f"{shard.path} {shard.version} {shard.tar_size} {shard.digest} {parts}", parts)
+            path = shown(shard.path) if shard.version else shard.path  # a renewed signature names the same file
+            plan = _Plan(f"{path} {shard.version} {shard.tar_size} {shard.digest} {parts}", parts)
             with self._lock:
                 self._plans[extent] = plan
                 if len(self._plans) > _PLANS:
@@ -229,7 +230,9 @@ class Extents:
                 try:
                     members, self._known[number] = shard.open_members(self._known.get(number))
                 except (OSError, ShardError) as error:
-                    raise ShardError(f"shard {shard.path}: its index {shard.file} cannot be read ({error})") from None
+                    raise ShardError(
+                        f"shard {shown(shard.path)}: its index {shard.file} cannot be read ({error})"
+                    ) from None
                 self._members[number] = members
             else:
                 with suppress(KeyError):  # given back in this moment, by another thread
@@ -261,7 +264,9 @@ class Extents:
             for member in range(*members.starts[sample : sample + 2].tolist()):
                 offset, size = int(members.offsets[member]), int(members.sizes[member])
                 at = plan.place(offset - BLOCK)
-                check_header(data[at : at + BLOCK], shard.path, (key, extensions[members.codes[member]]), offset, size)
+                check_header(
+                    data[at : at + BLOCK], shown(shard.path), (key, extensions[members.codes[member]]), offset, size
+                )
 
 
 def check_header(block: bytes, path: str, own: tuple[str, str], offset: int, size: int) -> None:
@@ -285,7 +290,9 @@ def cut(offsets: NDArray[np.int64], sizes: NDArray[np.int64], shard: ShardIndex)
     starts = offsets - BLOCK
     stops = offsets + -(-sizes // BLOCK) * BLOCK
     if len(starts) == 0 or starts.min() < 0 or sizes.min() < 0 or (offsets + sizes).max() > shard.tar_size:
-        raise ShardError(f"shard {shard.path}: its index {shard.file} is damaged; delete it, it will be made again")
+        raise ShardError(
+            f"shard {shown(shard.path)}: its index {shard.file} is damaged; delete it, it will be made again"
+        )
     order = np.argsort(starts, kind="stable")
     starts, stops = starts[order], np.maximum.accumulate(stops[order])
     gaps = starts[1:] - stops[:-1]

@@ -28,7 +28,7 @@ from multiprocessing import current_process, get_all_start_methods, get_context
 import numpy as np
 
 from mmssl.data.bodies import Mark, Members, divide, is_sound, map_body
-from mmssl.data.remote import RemoteReader, Stat, beside, fetch, is_remote, put, stat
+from mmssl.data.remote import RemoteReader, Stat, beside, fetch, is_remote, put, shown, stat
 from mmssl.data.tar import Member, ShardError, open_shard, scan
 
 _MAGIC = b"mmsslix1"
@@ -219,13 +219,14 @@ def _places(path: str) -> Iterator[str]:
 
 def _index_remote(url: str) -> ShardIndex:
     now = stat(url)
-    place = _cache_place(url)
+    # A renewed signature names the same file. Without a version the query is all that tells files apart.
+    place = _cache_place(f"{shown(url)} {now.version}" if now.version else url)
     found = _load(url, place)
     if found is not None and (found.tar_size, found.version) == (now.size, now.version):
         return found
     index = _sidecar(url, now)
     if index is None:
-        members, skipped = scan(RemoteReader(url, now), url)
+        members, skipped = scan(RemoteReader(url, now), shown(url))
         index = _build(url, members, skipped, now.size, now.mtime, now.version)
         put(beside(url, ".idx"), _bytes(index))
     return _store(index, place) or index
@@ -280,7 +281,7 @@ def _build(
         sample[extension] = member
     if not samples:
         found = ", ".join(f"{n} x {kind}" for kind, n in skipped.items()) or "nothing"
-        raise ShardError(f"shard {path}: holds no sample (found: {found}); names like 000000012.jpg are needed")
+        raise ShardError(f"shard {shown(path)}: holds no sample (found: {found}); names like 000000012.jpg are needed")
     names = list(chain.from_iterable(sample for _, sample in samples))
     flat = list(chain.from_iterable(sample.values() for _, sample in samples))
     codes = {extension: code for code, extension in enumerate(dict.fromkeys(names))}

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 
-from mmssl.data.remote import find, has_magic, is_remote
+from mmssl.data.remote import find, has_magic, is_remote, shown
 
 
 def expand(patterns: str | Sequence[str]) -> list[str]:
@@ -39,7 +39,7 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
                 found = [part]
             if not found:
                 where = "" if remote else f" (working folder {os.getcwd()})"
-                raise ValueError(f"no shard matches {part!r}{where}; check the path")
+                raise ValueError(f"no shard matches {shown(part)!r}{where}; check the path")
             paths += found
     if not paths:
         raise ValueError("no shards are named; give a path, a brace pattern, a glob or a list of them")
@@ -47,7 +47,7 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     counts = Counter(path if is_remote(path) else _real(path, folders) for path in paths)
     twice = [path for path, times in counts.items() if times > 1]
     if twice:
-        raise ValueError(f"shard {twice[0]} is named twice ({len(twice)} such shards); name every shard once")
+        raise ValueError(f"shard {shown(twice[0])} is named twice ({len(twice)} such shards); name every shard once")
     return paths
 
 
@@ -68,7 +68,7 @@ def _local(pattern: str) -> str:
 def _expand_braces(pattern: str) -> list[str]:
     parts = re.split(r"\{([^{}]*)\}", pattern)
     if any("{" in part or "}" in part for part in parts[::2]):
-        raise ValueError(f"shards {pattern!r}: braces do not match or are nested; list the patterns instead")
+        raise ValueError(f"shards {shown(pattern)!r}: braces do not match or are nested; list the patterns instead")
     choices = [[part] if i % 2 == 0 else _choices(part, pattern) for i, part in enumerate(parts)]
     return ["".join(choice) for choice in product(*choices)]
 
@@ -79,5 +79,5 @@ def _choices(inside: str, pattern: str) -> list[str]:
         return inside.split(",")
     first, last = int(counted[1]), int(counted[2])
     if not 0 <= last - first < 10_000_000:
-        raise ValueError(f"shards {pattern!r}: {{{inside}}} does not count upwards; write {{first..last}}")
+        raise ValueError(f"shards {shown(pattern)!r}: {{{inside}}} does not count upwards; write {{first..last}}")
     return [str(n).zfill(len(counted[1])) for n in range(first, last + 1)]

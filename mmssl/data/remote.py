@@ -36,6 +36,8 @@ _SLOWEST = 500_000  # bytes a second
 _LONGEST_PAUSE = 20.0  # seconds
 _NEAR = 4 << 20  # a gap that is skipped no faster than read
 _READ_AHEAD = (64 << 10, 8 << 20)
+_HOST = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*://[^/]*)\[[0-9A-Fa-f:.%]*\]")  # an IPv6 address
+_SECRET = re.compile(r"(?<=://)[^/\s'\"]*@|(?<=\w)\?[^\s'\")]*")  # user and password, query
 _ERRORS = {  # what the stores' packages raise, beside OSError
     "aiohttp": ("ClientError",),
     "botocore.exceptions": ("BotoCoreError", "ClientError"),
@@ -74,14 +76,14 @@ def is_remote(path: str) -> bool:
     scheme = _SCHEME.match(path)
     if not scheme or (scheme[1].lower() == "file" and "::" not in path):
         return False
-    name = scheme[1].lower()
+    name, told = scheme[1].lower(), shown(path)
     if name == "pipe":
         raise ValueError(f"shards {path!r}: pipe: would run a command, which data must not; give paths of tar files")
-    if "::" in path:
-        raise ValueError(f"shards {path!r}: chained URLs (::) are not read; give the URL of the tar itself")
+    if "::" in _HOST.sub(r"\1", path):
+        raise ValueError(f"shards {told!r}: chained URLs (::) are not read; give the URL of the tar itself")
     if name not in _STORES.split() or not path[len(name) :].startswith("://"):
         raise ValueError(
-            f"shards {path!r}: unknown scheme {name}:; give local paths (./{path} if this is a name) or URLs of "
+            f"shards {told!r}: unknown scheme {name}:; give local paths (./{told} if this is a name) or URLs of "
             "a store, such as https://, s3://, gs://, hf://"
         )
     return True
@@ -91,6 +93,18 @@ def beside(url: str, suffix: str) -> str:
     """The URL of a file that is named like another one, with ``suffix`` behind."""
     path, mark, query = url.partition("?") if is_http(url) else (url, "", "")
     return path + suffix + mark + query
+
+
+def shown(path: str) -> str:
+    """A path or URL as messages and names show it: without user, password and query, which may be secrets."""
+    scheme, mark, rest = path.partition("://")
+    if not mark:
+        return path
+    host, slash, name = rest.partition("/")
+    user, _, place = host.rpartition("@")
+    if is_http(path):
+        return (scheme + mark + place + slash + name).partition("?")[0]
+    return scheme + mark + (user.partition(":")[0] + "@" if user else "") + place + slash + name
 
 
 def base_name(path: str) -> str:
@@ -130,7 +144,8 @@ def find(pattern: str) -> list[str]:
     """The URLs that match a glob, sorted.  Raises ValueError where the store cannot list files (http)."""
     if is_http(pattern):
         raise ValueError(
-            f"shards {pattern!r}: an HTTP server cannot list files; name the shards with braces: {{00000..00127}}.tar"
+            f"shards {shown(pattern)!r}: an HTTP server cannot list files; "
+            "name the shards with braces: {00000..00127}.tar"
         )
     system, path = _system(pattern)
     found = _persist(pattern, lambda limit: _call(system, "glob", path, 10 * limit))
@@ -139,7 +154,7 @@ def find(pattern: str) -> list[str]:
 
 def has_magic(url: str) -> bool:
     """Whether a URL is a glob.  A question mark begins the query of an http URL."""
-    return any(mark in url.partition("?")[0] for mark in "*[") or (not is_http(url) and "?" in url)
+    return any(mark in _HOST.sub(r"\1", url.partition("?")[0]) for mark in "*[") or (not is_http(url) and "?" in url)
 
 
 class RemoteReader:
@@ -174,7 +189,9 @@ def _stat(url: str, limit: float) -> Stat:
     system.invalidate_cache(path)  # a listing that was remembered would hide a change
     info = _call(system, "info", path, limit)
     if info.get("type") == "directory" or not isinstance(info.get("size"), int):
-        raise ShardError(f"shard {url}: is not a file; give the URLs of tar files, or a folder's URL with / at its end")
+        raise ShardError(
+            f"shard {shown(url)}: is not a file; give the URLs of tar files, or a folder's URL with / at its end"
+        )
     return _told(info["size"], info)
 
 
@@ -220,7 +237,7 @@ def check_same(url: str, known: Stat, now: Stat) -> None:
         what = f"version {now.version} instead of {known.version}"
     else:
         return
-    raise ShardError(f"shard {url}: changed since it was indexed ({what}); start again to index it anew")
+    raise ShardError(f"shard {shown(url)}: changed since it was indexed ({what}); start again to index it anew")
 
 
 def _http(url: str, start: int, stop: int, limit: float) -> tuple[bytes, Stat]:
@@ -243,7 +260,7 @@ async def _http_range(system: Any, url: str, start: int, stop: int) -> tuple[byt
         response.raise_for_status()
         if response.status != 206 or not told or told[1] != str(start):
             raise ShardError(
-                f"shard {url}: its server sends whole files when a part is asked for (no range requests); "
+                f"shard {shown(url)}: its server sends whole files when a part is asked for (no range requests); "
                 "copy the shards to a local disk or to a store that can"
             )
         return await response.read(), _told(int(told[2]), dict(response.headers))
@@ -267,9 +284,9 @@ def _persist(url: str, call: Callable[[float], _Answer], length: int = 0) -> _An
                 raise _refused(url, error) from None
             last = error
     raise ShardError(
-        f"shard {url}: cannot be read, {attempts} attempts failed, the last with {_line(last)}; "
+        f"shard {shown(url)}: cannot be read, {attempts} attempts failed, the last with {_line(last)}; "
         "check the network and the store, and start again"
-    ) from last
+    ) from None  # whose text may hold a signature
 
 
 def _limit(length: int) -> float:
@@ -304,14 +321,16 @@ def _is_final(error: BaseException) -> bool:
 def _refused(url: str, error: BaseException) -> ShardError:
     status = _status(error)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return Missing(f"shard {url}: not found; check the URL")
+        return Missing(f"shard {shown(url)}: not found; check the URL")
     if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
-        return ShardError(f"shard {url}: access is refused ({_line(error)}); check the credentials, and that it exists")
-    return ShardError(f"shard {url}: the store refuses ({_line(error)}); check the URL")
+        return ShardError(
+            f"shard {shown(url)}: access is refused ({_line(error)}); check the credentials, and that it exists"
+        )
+    return ShardError(f"shard {shown(url)}: the store refuses ({_line(error)}); check the URL")
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = _SECRET.sub("", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__
 
 
@@ -336,7 +355,7 @@ def _system(url: str) -> tuple[Any, str]:
                 scheme = url.partition(":")[0].lower()
                 package = next((name for name, schemes in _PACKAGES.items() if scheme in schemes.split()), None)
                 remedy = f"pip install {package}" if package else "install its fsspec package"
-                raise ValueError(f"shards {url!r}: {_line(error)}; {remedy}") from None
+                raise ValueError(f"shards {shown(url)!r}: {_line(error)}; {remedy}") from None
             if not system.async_impl:
                 return system, path  # may not be safe to share: fsspec keeps one for every thread
             _systems[store] = system

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mmssl.data.cache import Cache
 from mmssl.data.extents import Extents, cut
 from mmssl.data.index import index_shard, index_shards
 from mmssl.data.patterns import expand
-from mmssl.data.remote import RemoteReader, Stat, fetch, stat
+from mmssl.data.remote import RemoteReader, Stat, fetch, is_remote, shown, stat
 from mmssl.data.shards import ShardSet
 from mmssl.data.stream import Source, TrainStream
 from mmssl.data.tar import ShardError, scan
@@ -491,6 +492,48 @@ def test_a_query_stays_behind_the_name(server: FileServer) -> None:
     assert signed.read(29).members == {"txt": b"text 29"}
     assert signed.fingerprint == local(server).fingerprint
     assert any(name == "00000.tar.idx" for _, name, _, _ in server.log)
+
+
+def test_secrets_of_urls_are_neither_told_nor_part_of_names(server: FileServer, tmp_path: Path) -> None:
+    write_shards(server.folder, 30)
+    url = server.url.replace("http://", "http://user:hidden@") + "/{00000..00002}.tar?X-Signature=hidden"
+    cache = Cache(str(tmp_path / "c"))
+    shards = ShardSet(url, cache=cache)
+    assert [shards.read(i).shard for i in (0, 29)] == [f"{server.url}/00000.tar", f"{server.url}/00002.tar"]
+    server.forget()
+    renewed = ShardSet(url.replace("X-Signature=hidden", "X-Signature=renewed"), cache=cache)
+    assert renewed.read(29).members == {"txt": b"text 29"}
+    assert not server.asked()  # neither the shards nor their indexes
+    for fault in (500, 403, 404, 418, "whole", "wrong", "cut"):
+        server.always = {"00001.tar": fault}
+        with pytest.raises(ShardError, match=r"00001\.tar: ") as caught:
+            shards.read(10)
+        assert "hidden" not in "".join(traceback.format_exception(caught.value)).replace("shards.py", "")
+    with pytest.raises(ValueError, match="named twice") as twice:
+        expand([f"{server.url}/a.tar?hidden", f"{server.url}/a.tar?hidden"])
+    assert "hidden" not in str(twice.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("https://a:b@host/x/a.tar?sig=1&b=/c", "https://host/x/a.tar"),
+        ("sftp://me:pass@word@host/a?.tar", "sftp://me@host/a?.tar"),
+        ("abfs://container@account/a.tar", "abfs://container@account/a.tar"),
+        ("s3://bucket/a@b.tar", "s3://bucket/a@b.tar"),
+        ("/a/b?c.tar", "/a/b?c.tar"),
+        ("http://[::1]:9000/a.tar", "http://[::1]:9000/a.tar"),
+    ],
+)
+def test_what_is_shown_of_a_url(url: str, told: str) -> None:
+    assert shown(url) == told
+    assert is_remote(url) == ("://" in url)
+
+
+def test_an_ipv6_address_is_neither_a_chain_nor_a_glob() -> None:
+    assert expand("http://[::1]:9000/{0..1}.tar") == [f"http://[::1]:9000/{i}.tar" for i in range(2)]
+    with pytest.raises(ValueError, match="chained URLs"):
+        is_remote("http://[::1]:9000/a.tar::http://b")
 
 
 # ---- other stores
