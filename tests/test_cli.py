@@ -154,6 +154,7 @@ def test_a_checkpoint_of_another_model_is_refused(toy_folder: Path, capsys):
         (["--model", "OtherModule"], "changes from ToyModule to OtherModule, which has no argument 'ratio'"),
         (["--runn", "x"], "unknown option --runn; did you mean '--run'?"),
         (["stray"], "unrecognized arguments: stray"),
+        (["--run", "x", "a.tar", "b.tar"], "unrecognized arguments: a.tar b.tar; put quotes around patterns"),
         (["--trainer.max_steps", "-1"], "trainer.max_steps must be given"),
         (["--checkpoint.keep", "0"], "checkpoint.keep is 0; it must be at least 1"),
         (["--checkpoint.every_n_steps", "0"], "checkpoint.every_n_steps is 0; it must be at least 1"),
@@ -214,6 +215,8 @@ def test_plain_data_keys_are_those_of_the_data_module(toy_folder: Path, capsys):
     [
         (["fitt"], "there is no command 'fitt'; did you mean 'fit'?"),
         (["tokenizer"], "mmssl tokenizer needs one of: train"),
+        (["shards", "chekc", "a.tar"], "needs one of: index, check, write, stats, not 'chekc'; did you mean 'check'?"),
+        (["shards", "write", "x", "--short-sid", "9"], "unknown option --short-sid; did you mean '--short_side'?"),
         (["fit", "--config", "nope.yaml"], "cannot read the config nope.yaml: No such file or directory"),
         (["fit"], "model must be given"),
         (["tokenizer", "train"], "shards must be given"),

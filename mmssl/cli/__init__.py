@@ -84,6 +84,10 @@ def _run(args: list[str], state: dict[str, bool]) -> int:
 
         print(f"mmssl {__version__}")
         return 0
+    family = [name for name in COMMANDS if name.startswith(args[0] + " ")]
+    if family and args[0] not in COMMANDS and args[1:2] and args[1] in ("-h", "--help", "help"):
+        print("\n".join([f"usage: mmssl {args[0]} COMMAND ...", "", *_listed(family)]))
+        return 0
     name, rest = _split(args)
     function = COMMANDS[name].function
     if function is None:
@@ -103,7 +107,9 @@ def _split(args: list[str]) -> tuple[str, list[str]]:
             return name, args[words:]
     family = [name for name in COMMANDS if name.startswith(args[0] + " ")]
     if family:
-        raise UsageError(f"mmssl {args[0]} needs one of: {', '.join(name.split()[1] for name in family)}")
+        kinds = [name.split()[1] for name in family]
+        typed = f", not {args[1]!r}{nearest(args[1], kinds)}" if args[1:] else ""
+        raise UsageError(f"mmssl {args[0]} needs one of: {', '.join(kinds)}{typed}")
     raise UsageError(f"there is no command {args[0]!r}{nearest(args[0], COMMANDS)}; mmssl --help lists all")
 
 
@@ -132,20 +138,23 @@ def _call(name: str, target: str, args: list[str]) -> None:
 
 
 def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "mmssl: masked self-supervised pretraining on text, images and image-text pairs",
             "",
             "usage: mmssl COMMAND ...",
             "",
-            *lines,
+            *_listed(list(COMMANDS)),
             "",
             "mmssl COMMAND --help lists a command's options, mmssl fit --config C.yaml --print_config the resolved",
             "config, mmssl --version the version; MMSSL_TRACEBACK=1 shows where an error comes from.",
         ]
     )
+
+
+def _listed(names: list[str]) -> list[str]:
+    width = max(map(len, names))
+    return [f"  {name:<{width}}  {COMMANDS[name].help}" for name in names]
 
 
 def _exit_code(stop: SystemExit) -> int:

@@ -26,6 +26,11 @@ class OneLineParser(ArgumentParser):
     """A jsonargparse parser whose errors are one line and an exception."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: .*?(--[\w-]+)", message, re.IGNORECASE)
+        if unknown:
+            known = [name.lstrip("-") for name in self._option_string_actions if name.startswith("--")]
+            typed = unknown.group(1).lstrip("-").replace("-", "_")
+            raise UsageError(f"unknown option {unknown.group(1)}{nearest(typed, known, '--')}") from ex
         raise UsageError(one_line(message)) from ex
 
 
@@ -240,6 +245,10 @@ _EXPECTED = re.compile(r"Expected an? (.+?)\.? Got value: (.+)")
 
 def one_line(message: str) -> str:
     """The point of one of jsonargparse's messages."""
+    words = message.split()
+    if words[:2] == ["unrecognized", "arguments:"] and len(words) > 3:
+        more = " ..." if len(words) > 5 else ""
+        return f"{' '.join(words[:5])}{more}; put quotes around patterns, so that the shell leaves them whole"
     required = re.search(r"the following arguments are required: (.+)", message, re.IGNORECASE)
     if required:
         names = ", ".join(re.sub(r"^(fit|validate|test|predict)\.", "", n) for n in required.group(1).split(", "))

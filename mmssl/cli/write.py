@@ -21,6 +21,9 @@ _NOTES = {
 }
 
 
+_MOST = 0.01  # of the records may be skipped without an exit code
+
+
 def write(
     sources: list[str],
     out: str,
@@ -42,7 +45,8 @@ def write(
     """Make shards from folders of images or texts and from CSV, TSV, JSONL or Parquet tables.
 
     Captions of a folder's images lie beside them in .txt or .json, classes in .cls.  Of a table, columns that are not
-    named go to the sample's .json.  Links are followed, wherever they lead.  The same input gives the same bytes, whatever --jobs.
+    named go to the sample's .json.  Links are followed, wherever they lead.  The
+    exit code is 1 if more than 1 % had to be skipped.  The same input gives the same bytes, whatever --jobs.
 
     Args:
         sources: Folders, tables, .txt files.
@@ -95,6 +99,8 @@ def write(
         reasons = ", ".join(f"{number(n)} x {reason}" for reason, n in written.skipped.most_common())
         hint = "; URLs are not fetched: use img2dataset" if written.skipped["url"] else ""
         total = number(sum(written.skipped.values()))
+        if written.skipped["duplicate_key"]:
+            hint += "; --key must name a column with another value in every row"
         print(f"skipped {total}: {reasons} (named in {os.path.join(out, 'skipped.jsonl')}{hint})", file=sys.stderr)
     if not written.shards:
         raise UsageError(
@@ -102,6 +108,10 @@ def write(
             + (f"; {os.path.join(out, 'skipped.jsonl')} says why" if written.skipped else "")
         )
     print("\n" + printable(_next(out, written)))
+    skipped, used = written.skipped.total(), sum(written.samples.values())
+    if skipped > _MOST * (skipped + used):
+        print(f"mmssl: warning: {number(skipped)} of {number(skipped + used)} were skipped, see above", file=sys.stderr)
+        sys.exit(1)
 
 
 def _next(out: str, written: Written) -> str:

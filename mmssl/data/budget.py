@@ -56,13 +56,16 @@ class Budget:
             for _, _, named in every:
                 worst.update(dict(named))
             raise TooManyBadSamples(
-                f"{bad} of {seen} samples cannot be used, over the budget of {self.part:.2%}; "
+                f"{bad} of {seen} samples cannot be used, over the budget of {self.part:.2%} (of at least {_AT_LEAST}); "
                 f"{worst_shards(worst, self.bad_samples)}"
             )
 
 
 def worst_shards(bad: Counter[tuple[str, str]], bad_samples: str | None) -> str:
     """The end of a message: which shards are the worst, and what to do."""
-    worst = "; ".join(f"{shard}: {n} x {reason}" for (shard, reason), n in bad.most_common(_NAMED))
+    shards: dict[str, list[str]] = {}
+    for (shard, reason), n in bad.most_common():
+        shards.setdefault(shard, []).append(f"{n} x {reason}")
+    worst = "; ".join(f"{shard}: {', '.join(reasons)}" for shard, reasons in list(shards.items())[:_NAMED])
     where = f"; all are listed in {bad_samples}" if bad_samples else ""
     return f"worst shards: {worst}{where}. Repair or leave out these shards, or raise data.budget"

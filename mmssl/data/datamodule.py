@@ -8,7 +8,7 @@ from itertools import takewhile
 from typing import Any, NotRequired, TypedDict
 
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from mmssl.data.budget import Budget
 from mmssl.data.cache import Cache
@@ -264,7 +264,17 @@ class DataModule(LightningDataModule):
 
     def _go_on(self, saved: dict[str, Any]) -> None:
         assert self._train is not None
-        self._train.grow(histories(saved, self._train, self._folder(), appended=self.allow_appended))
+        before = {source["name"]: source["history"] for source in saved.get("sources", [])}
+        grown = histories(saved, self._train, self._folder(), appended=self.allow_appended)
+        self._train.grow(grown)
+        for (name, history), now in zip(before.items(), grown, strict=True):
+            if history != now:
+                epoch, samples = now[-1]
+                rank_zero_only(print)(
+                    f"mmssl: source {name}: shards were appended; from its epoch {epoch} on it has {samples} samples "
+                    f"instead of {history[-1][1]}",
+                    flush=True,
+                )
 
 
 class _Patience:

@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmssl.pretrained.whole import FORMAT, check_format
+from mmssl.training.messages import warn
 from mmssl.training.optim import adamw, warmup_cosine
 from mmssl.types import Batch, Loss, Prepare
 
@@ -118,6 +120,7 @@ class PretrainModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["mmssl_format"] = FORMAT
         checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
+        checkpoint["max_steps"] = self.trainer.max_steps
         if (digest := self._tokenizer_digest()) is not None:
             checkpoint["tokenizer_sha256"] = digest
 
@@ -130,6 +133,12 @@ class PretrainModule(LightningModule):
                 f"the tokenizer {self.tokenizer.path} is not the one that the checkpoint's weights were trained with "  # type: ignore[union-attr]
                 f"(sha256 {mine[:8]}, not {saved[:8]}): its ids mean other words; name that one, which "
                 "mmssl fit keeps as tokenizer.json in the run's folder"
+            )
+        steps, now = checkpoint.get("max_steps"), self._trainer and self.trainer.max_steps
+        if steps is not None and now and steps != now and self.trainer.state.fn == TrainerFn.FITTING:
+            rank_zero_only(warn)(
+                f"trainer.max_steps was {steps} in the checkpoint, now {now}: the schedule ends there, so the learning "
+                "rate is another one from here on"
             )
         before = checkpoint.get("accumulate_grad_batches")
         if before is None or self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:

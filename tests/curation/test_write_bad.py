@@ -49,7 +49,7 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path, capsys) -> Non
         b"path\tcaption\tid\n" + b"".join(b"%s\t%s\t%s\n" % (p.encode(), t, k) for p, t, k in rows) + b"good.jpg\tx\n"
     )
     options = ["--image", "path", "--text", "caption", "--key", "id", "--jobs", "2"]
-    assert main(["shards", "write", "t.tsv", "--out", "out", *options]) == 0
+    assert main(["shards", "write", "t.tsv", "--out", "out", *options]) == 1
     assert list(read("out")) == ["k0"]
     named = {line["source"]: line["reason"] for line in skipped("out")}
     assert named == {
@@ -83,7 +83,7 @@ def test_what_cannot_be_used_of_a_folder_and_of_json_lines(tmp_path: Path) -> No
         (folder / name).write_bytes(data)
     (folder / "gone.jpg").symlink_to("nowhere")
     (folder / "circle").symlink_to(".")
-    assert main(["shards", "write", "source", "--out", "out", "--jobs", "1"]) == 0
+    assert main(["shards", "write", "source", "--out", "out", "--jobs", "1"]) == 1
     assert read("out") == {"a": {"jpg": picture(0)}}
     assert {Path(line["source"]).name: line["reason"] for line in skipped("out")} == {
         "a.png": "duplicate_key",
@@ -98,7 +98,7 @@ def test_what_cannot_be_used_of_a_folder_and_of_json_lines(tmp_path: Path) -> No
     Path("rows.jsonl").write_bytes(
         b"\n".join([*lines, b'{"t": "\\ud800"}', b"[" * 100_000, b'{"t": "a\\u0000b"}', b"9" * 5000])
     )
-    assert main(["shards", "write", "rows.jsonl", "--text", "t", "--out", "out2", "--jobs", "1"]) == 0
+    assert main(["shards", "write", "rows.jsonl", "--text", "t", "--out", "out2", "--jobs", "1"]) == 1
     assert [members["txt"] for members in read("out2").values()] == [b"good"]
     assert [line["reason"] for line in skipped("out2")] == [
         "not_json", "not_json", "not_utf8", "no_text", "no_text", "no_text", "not_utf8", "not_json",

@@ -292,7 +292,9 @@ def test_over_the_budget_the_run_stops_and_names_the_worst_shard(tmp_path: Path,
     with pytest.raises(TooManyBadSamples) as caught:
         deque(batches, 0)  # endless, but for the error
     message = str(caught.value)
-    assert re.match(r"1\d of \d+ samples cannot be used, over the budget of 1\.00%; worst shards: ", message)
+    assert re.match(
+        r"1\d of \d+ samples cannot be used, over the budget of 1\.00% \(of at least 1000\); worst shards: ", message
+    )
     assert f"{tmp_path}/odd.tar: 1" in message
     assert "whole.tar" not in message
     assert listed in message

@@ -204,7 +204,9 @@ def test_over_the_budget_the_worst_shards_are_named(tmp_path: Path, workers: int
     """At the same batch, however many workers there are."""
     pattern = with_bad(tmp_path, 100, {i for i in range(50) if i % 2})
     batches = iter(Loader(stream(pattern), workers=workers, budget=Budget(0.01, "bad.jsonl")))
-    message = r"15 of 40 samples .*budget of 1\.00%; worst shards: .*0\.tar: 15 x toy; all are listed in bad\.jsonl\."
+    message = (
+        r"15 of 40 samples .*budget of 1\.00% .*; worst shards: .*0\.tar: 15 x toy; all are listed in bad\.jsonl\."
+    )
     with pytest.raises(TooManyBadSamples, match=message):
         take(batches, 1000)
 

@@ -168,6 +168,19 @@ def test_a_plain_trainer_leaves_nothing_in_its_folder(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_end_of_the_schedule_is_told(
+    tokenizer_path: str, pair_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def data() -> mmssl.DataModule:
+        return mmssl.DataModule(pair_shards, batch_size=4, num_workers=0)
+
+    fit(small(tokenizer_path), data(), tmp_path, max_steps=2).save_checkpoint(tmp_path / "c.ckpt")
+    fit(small(tokenizer_path), data(), tmp_path, tmp_path / "c.ckpt", max_steps=3)
+    assert "trainer.max_steps was 2 in the checkpoint, now 3: the schedule ends there" in capsys.readouterr().err
+    fit(small(tokenizer_path), data(), tmp_path, tmp_path / "c.ckpt", max_steps=2)
+    assert "max_steps" not in capsys.readouterr().err
+
+
 def test_what_does_not_fit_a_checkpoint_is_refused(tokenizer_path: str, pair_shards: str, tmp_path: Path) -> None:
     def data() -> mmssl.DataModule:
         return mmssl.DataModule(pair_shards, val=pair_shards, batch_size=4, val_samples=4, num_workers=0)
