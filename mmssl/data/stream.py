@@ -54,7 +54,7 @@ class _Samples:
         bad: list[tuple[str, str]] = []
         chosen = index
         while len(bad) < _TRIES:
-            sample = shards.read(chosen)
+            sample = shards.read(chosen, alone=bool(bad))
             name = f"{sample.shard.rpartition('/')[2]}/{sample.key}"
             try:
                 return self.prepare.sample(sample, Draws(*key, chosen), batch), name, bad

@@ -134,7 +134,7 @@ def test_any_batch_reads_its_own_samples_alone(texts: str, number: int, monkeypa
     """Going on in epoch 999,999 costs what the first batch costs: as many reads, no walk through the order."""
     read: list[int] = []
     original = ShardSet.read
-    monkeypatch.setattr(ShardSet, "read", lambda self, index: read.append(index) or original(self, index))
+    monkeypatch.setattr(ShardSet, "read", lambda self, index, alone=False: read.append(index) or original(self, index))
     data, calls = stream(texts), Counter[str]()
     window = Order._window
     monkeypatch.setattr(Order, "_window", lambda *args: calls.update(["window"]) or window(*args))
