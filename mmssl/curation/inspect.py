@@ -3,7 +3,6 @@
 compare.py looks at all shards together.
 """
 
-import glob
 import hashlib
 import json
 import os
@@ -114,7 +113,7 @@ def _read_all(report: ShardReport, depth: Depth) -> None:
     with tempfile.TemporaryDirectory(prefix="mmssl-check-") as folder:  # what training has cached stays where it is
         cache = Cache(folder, limit_gb=1)
         try:
-            shards = ShardSet([path if is_remote(path) else glob.escape(path)], cache=cache)
+            shards = ShardSet([path], cache=cache, exact=True)
             shards.group = _GROUP
             _read_samples(report, shards, offsets, depth)
         finally:

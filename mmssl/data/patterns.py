@@ -10,12 +10,12 @@ from itertools import product
 from mmssl.data.remote import find, has_magic, is_remote, shown
 
 
-def expand(patterns: str | Sequence[str]) -> list[str]:
+def expand(patterns: str | Sequence[str], exact: bool = False) -> list[str]:
     """Paths and URLs of shards from paths, URLs, braces, globs and folders, in order.
 
     ``{000..127}`` counts (leading zeros are kept), ``{a,b}`` lists, ``* ? [ ]`` match files in sorted order, and a
     folder (of a remote store: a URL that ends in "/") stands for its ``*.tar``.  A missing file is not noticed here,
-    an empty match is.
+    an empty match is.  With ``exact`` every pattern is one path or URL, whatever signs it holds.
 
     Raises:
         ValueError: for a pattern that matches nothing, a shard named twice, a scheme that is not allowed (see
@@ -24,6 +24,9 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     paths: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         remote = is_remote(pattern)
+        if exact:
+            paths.append(pattern)
+            continue
         for part in _expand_braces(pattern if remote else _local(pattern)):
             if remote and (part.endswith("/") or has_magic(part)):
                 found = [

@@ -80,6 +80,7 @@ class ShardSet:
         patterns: see :func:`mmssl.data.patterns.expand`.
         cache: for remote shards; the default one if there is none.
         progress: called with every shard's index when it is known.
+        exact: take ``patterns`` for paths and URLs as they are, whatever signs they hold.
 
     Raises:
         ShardError: for shards that are missing, damaged or empty.
@@ -91,8 +92,9 @@ class ShardSet:
         patterns: str | Sequence[str],
         progress: Callable[[ShardIndex], None] | None = None,
         cache: Cache | None = None,
+        exact: bool = False,
     ) -> None:
-        paths = expand(patterns)
+        paths = expand(patterns, exact)
         missing = [path for path in paths if not is_remote(path) and not os.path.exists(path)]
         if missing:
             raise ShardError(

@@ -15,7 +15,7 @@ from written import picture
 from mmssl.cli import main
 from mmssl.cli.progress import printable, size, table
 from mmssl.curation.compare import check_shards
-from mmssl.curation.inspect import BAD, NOTES, Depth, Finding, ShardReport
+from mmssl.curation.inspect import BAD, NOTES, Depth, Finding, ShardReport, check_shard
 from mmssl.curation.statistics import places, quantiles
 from mmssl.data.shards import ShardSet
 
@@ -223,6 +223,14 @@ def test_check_reads_the_tar_anew_and_goes_on_after_an_unusable_shard(capsys) ->
     assert said.err.strip().splitlines()[-1].endswith("3 of 5 shards cannot be used; they are named above")
     assert "s2.tar: 5 samples, nothing bad" in said.out
     assert [place[0] for place in findings("found.jsonl")] == ["s1.tar", "empty.tar", "gone.tar"]
+
+
+def test_names_with_signs_of_patterns_are_checked() -> None:
+    names = ["br{1}.tar", "a[0].tar", "b{1..2}.tar"]
+    for name in names:
+        tar(name, pairs(0, 3))
+    reports = [check_shard(Depth(), name) for name in names]
+    assert [(report.usable, report.samples) for report in reports] == [(True, 3)] * 3
 
 
 def test_an_index_that_does_not_fit_its_tar_is_told(capsys) -> None:
