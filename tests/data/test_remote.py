@@ -80,16 +80,17 @@ def test_a_rank_fetches_its_share_and_the_second_epoch_nothing(server: FileServe
     rng = np.random.default_rng(0)
     for shard in range(4):
         with TarWriter(str(server.folder / f"{shard:05d}.tar")) as writer:
-            for i in range(800):
-                writer.write({"__key__": f"{shard * 800 + i:06d}", "txt": b"t" * int(rng.integers(500, 3000))})
+            for i in range(1607):
+                writer.write({"__key__": f"{shard * 1607 + i:06d}", "txt": b"t" * int(rng.integers(500, 3000))})
     size = sum(path.stat().st_size for path in server.folder.glob("*.tar"))
-    batches = 3200 // 32
+    batches = 6428 // 32
     ids: list[str] = []
     for rank in range(2):
         shards = remote(server, tmp_path / f"c{rank}", "{00000..00003}.tar")  # as on two nodes
-        options = {"seed": 1, "batch_size": 32, "lanes": 4, "world": 2}
+        options = {"seed": 1, "batch_size": 32, "lanes": 2, "world": 2}
         stream = TrainStream([Source("a", shards)], ToyText(), rank=rank, **options)
         assert shards.group == stream.orders[0].block > 20
+        assert 6428 / 2 / shards.group >= 24  # blocks a lane, of which those at its ends are cut
         ours = TrainStream([Source("a", ShardSet(str(server.folder)))], ToyText(), rank=rank, **options)
         server.forget()
         for number in range(batches):  # without looking ahead, into the next epoch
@@ -100,13 +101,13 @@ def test_a_rank_fetches_its_share_and_the_second_epoch_nothing(server: FileServe
         assert max(server.asked().values()) == 1
         everything = remote(server, tmp_path / f"c{rank}", "{00000..00003}.tar")
         everything.group = shards.group
-        for i in range(3200):
+        for i in range(6428):
             everything.read(i)
         server.forget()
         for number in range(batches, 3 * batches):
             assert same(stream.batch(number), ours.batch(number))
         assert server.requests == 0
-    assert len(set(ids)) == 3200
+    assert len(set(ids)) == 32 * batches
 
 
 @pytest.mark.parametrize(("workers", "method"), [(0, None), (2, "fork"), (2, "spawn")])
