@@ -82,6 +82,7 @@ def main() -> None:
         "mmssl": lambda: rivals.mmssl_stream(texts, rivals.RawText(), batch, 0),
     }
     table("Text, decoded only, in one process", "texts", compare(ways, args.rounds, 4 * args.batches))
+    many_shards(args.folder, (16, 20) if args.quick else (1000, 1000), args.rounds, 4 * args.batches)
     if args.memory:
         memory(photos, args.batch, args.memory)
 
@@ -99,6 +100,33 @@ def make_data(folder: Path, photos: int, quick: bool) -> tuple[list[str], list[s
             raise SystemExit(1)
         pairs, texts = (sorted(map(str, demo.glob(f"{kind}-train-*.tar"))) for kind in ("pairs", "text"))
     return sorted(map(str, own.glob("*.tar"))), pairs, texts
+
+
+def many_shards(folder: Path, size: tuple[int, int], rounds: int, batches: int) -> None:
+    """The same tiny texts in very many shards and in four: 64 lanes, so that a rank has most of the shards at hand."""
+    shards, each = size
+    ways: dict[str, Rival] = {}
+    for count in (4, shards):
+        own = folder / f"texts-{count}-{shards * each}"
+        write_texts(own, count, shards * each // count)
+        paths = sorted(map(str, own.glob("*.tar")))
+        ways[f"mmssl, {count:,} shards"] = functools.partial(
+            rivals.mmssl_stream, paths, rivals.RawText(), 256, 0, lanes=64
+        )
+    title = f"{shards * each:,} texts of 20 bytes in few and in many shards, 64 lanes, in one process"
+    table(title, "texts", compare(ways, rounds, batches))
+
+
+def write_texts(folder: Path, shards: int, samples: int) -> None:
+    """Shards of so many texts each, unless they are there."""
+    if (folder / "complete").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        with webdataset.TarWriter(str(folder / f"{shard:05d}.tar")) as writer:
+            for number in range(shard * samples, (shard + 1) * samples):
+                writer.write({"__key__": f"{number:09d}", "txt": "a text of some size."})
+    (folder / "complete").touch()
 
 
 def write(folder: Path, photos: int, sides: tuple[int, int]) -> None:

@@ -132,10 +132,12 @@ def mae(side: int, scale: tuple[float, float]) -> PrepareMAE:
     return PrepareMAE(PrepareImage(RandomResizedCrop(side, scale), (14, 14), 0.75, "random"))
 
 
-def mmssl_stream(shards: list[str], prepare: Prepare, batch: int, workers: int) -> Iterator[int]:
+def mmssl_stream(
+    shards: list[str], prepare: Prepare, batch: int, workers: int, lanes: int | None = None
+) -> Iterator[int]:
     """Through the loader; with 0 workers in this process."""
     stream = TrainStream(
-        [Source("bench", ShardSet(shards))], prepare, seed=0, batch_size=batch, lanes=choose_lanes(batch)
+        [Source("bench", ShardSet(shards))], prepare, seed=0, batch_size=batch, lanes=lanes or choose_lanes(batch)
     )
     for made in Loader(stream, workers=workers):
         yield made.size
