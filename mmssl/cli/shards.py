@@ -13,6 +13,7 @@ from mmssl.curation.parallel import check_jobs, ordered_map
 from mmssl.data.cache import Cache
 from mmssl.data.index import ShardIndex, index_shard, index_shards
 from mmssl.data.patterns import expand
+from mmssl.data.remote import shown
 from mmssl.data.shards import ShardSet, fingerprint
 from mmssl.data.tar import ShardError
 
@@ -37,7 +38,7 @@ def index(shards: list[str], jobs: int | None = None) -> None:
             found[shard.path] = shard
             if _is_new(shard, began):
                 new.add(shard.path)
-            progress.step(f"{shard.path}: {number(shard.samples)} samples")
+            progress.step(f"{shown(shard.path)}: {number(shard.samples)} samples")
 
         try:
             index_shards(paths, jobs if jobs is None else check_jobs(jobs), tell)

@@ -17,6 +17,7 @@ from mmssl.data.index import ShardIndex
 from mmssl.data.loader import Loader, StartMethod, default_workers, leave_cores
 from mmssl.data.members import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, missing, sample_text
 from mmssl.data.order import check_world, choose_lanes
+from mmssl.data.remote import shown
 from mmssl.data.shards import ShardSet
 from mmssl.data.stream import EvalSet, Source, TrainStream
 from mmssl.data.tar import ShardError
@@ -312,14 +313,15 @@ def _check_members(shards: ShardSet, prepare: Prepare, objective: str) -> None:
         lacking = missing(prepare.needs, shard.extensions)
         if lacking:
             raise ShardError(
-                f"shard {shard.path}: has no {' and no '.join(lacking)} (found: {', '.join(shard.extensions)}); "
+                f"shard {shown(shard.path)}: has no {' and no '.join(lacking)} (found: {', '.join(shard.extensions)}); "
                 f"{objective} needs {' and '.join(prepare.needs)} in every sample"
             )
     if "text" in prepare.needs and "txt" not in shards.shards[0].extensions:
         errors = list(takewhile(bool, map(_text_error, map(shards.read, range(min(8, len(shards)))))))
         if len(errors) == min(8, len(shards)):  # a single bad sample is the stream's business
             raise ShardError(
-                f"shard {shards.shards[0].path}: has no .txt, and {errors[0]}; {objective} needs text in every sample"
+                f"shard {shown(shards.shards[0].path)}: has no .txt, and {errors[0]}; "
+                f"{objective} needs text in every sample"
             )
     if (check := getattr(prepare, "check", None)) is not None:  # what more there is to know before a run
         check(shards)
@@ -329,7 +331,7 @@ def _check_members(shards: ShardSet, prepare: Prepare, objective: str) -> None:
             skipped[f".{extension} (a key ends at the first dot of a name)"] = n
     if skipped:
         found = ", ".join(f"{n} x {kind}" for kind, n in skipped.items())
-        rank_zero_warn(f"{shards.shards[0].path} and the shards after it: members that are not read: {found}")
+        rank_zero_warn(f"{shown(shards.shards[0].path)} and the shards after it: members that are not read: {found}")
 
 
 def _text_error(sample: Sample) -> str:

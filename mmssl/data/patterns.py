@@ -40,6 +40,11 @@ def expand(patterns: str | Sequence[str], exact: bool = False) -> list[str]:
                 found = sorted(path for path in glob.glob(part) if not path.endswith(".idx"))
             else:
                 found = [part]
+            if not found and not remote and os.path.isdir(part):
+                raise ValueError(
+                    f"folder {part!r} holds no .tar; name a folder of shards (mmssl shards write makes them from "
+                    "images, texts and tables)"
+                )
             if not found:
                 where = "" if remote else f" (working folder {os.getcwd()})"
                 raise ValueError(f"no shard matches {shown(part)!r}{where}; check the path")

@@ -53,6 +53,7 @@ def test_expand(tmp_path: Path) -> None:
     ("pattern", "message"),
     [
         ("nothing-*.tar", r"no shard matches 'nothing-\*.tar'"),
+        (".", r"folder '.' holds no .tar; name a folder of shards \(mmssl shards write makes them"),
         ([], "no shards are named"),
         (["a.tar", "./a.tar"], "named twice"),
         ("pipe:touch canary", "pipe: would run a command"),

@@ -26,6 +26,10 @@ def test_it_runs_and_prints_its_tables(tmp_path: Path) -> None:
         "The demo's pictures (48 to 48 pixels), in one process": [*ways, "bare loop"],
         "Photographs, crop 0.2 to 1 (MAE), 1 worker": ways,
         "Text, decoded only, in one process": ["webdataset", "mmssl"],
+        "320 texts of 20 bytes in few and in many shards, 64 lanes, in one process": [
+            "mmssl, 4 shards",
+            "mmssl, 16 shards",
+        ],
         "Memory of a worker over 64 samples": ["4", "16", "32", "48", "64"],
     }
 
