@@ -155,6 +155,7 @@ def test_a_checkpoint_of_another_model_is_refused(toy_folder: Path, capsys):
         (["--runn", "x"], "unknown option --runn; did you mean '--run'?"),
         (["stray"], "unrecognized arguments: stray"),
         (["--run", "x", "a.tar", "b.tar"], "unrecognized arguments: a.tar b.tar; put quotes around patterns"),
+        (["--run", "x", "b.tar"], "unrecognized arguments: b.tar; put quotes around patterns"),
         (["--trainer.max_steps", "-1"], "trainer.max_steps must be given"),
         (["--checkpoint.keep", "0"], "checkpoint.keep is 0; it must be at least 1"),
         (["--checkpoint.every_n_steps", "0"], "checkpoint.every_n_steps is 0; it must be at least 1"),

@@ -246,7 +246,7 @@ _EXPECTED = re.compile(r"Expected an? (.+?)\.? Got value: (.+)")
 def one_line(message: str) -> str:
     """The point of one of jsonargparse's messages."""
     words = message.split()
-    if words[:2] == ["unrecognized", "arguments:"] and len(words) > 3:
+    if words[:2] == ["unrecognized", "arguments:"] and (len(words) > 3 or message.endswith(".tar")):
         more = " ..." if len(words) > 5 else ""
         return f"{' '.join(words[:5])}{more}; put quotes around patterns, so that the shell leaves them whole"
     required = re.search(r"the following arguments are required: (.+)", message, re.IGNORECASE)
