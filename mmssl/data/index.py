@@ -21,6 +21,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import chain
 from multiprocessing import current_process, get_all_start_methods, get_context
@@ -28,6 +29,7 @@ from multiprocessing import current_process, get_all_start_methods, get_context
 import numpy as np
 
 from mmssl.data.bodies import Mark, Members, divide, is_sound, map_body
+from mmssl.data.processors import processors
 from mmssl.data.remote import RemoteReader, Stat, beside, fetch, is_remote, put, shown, stat
 from mmssl.data.tar import Member, ShardError, open_shard, scan
 
@@ -132,7 +134,7 @@ def index_shards(
 
     local = [number for number, path in enumerate(paths) if not is_remote(path)]
     take(_side_by_side(_known, paths, local, jobs or 8, "stored"))
-    take(_side_by_side(_index_local, paths, [n for n in local if n not in found], jobs or _cores(), "scan"))
+    take(_side_by_side(_index_local, paths, [n for n in local if n not in found], jobs or processors(), "scan"))
     take(_side_by_side(_index_remote, paths, sorted({*range(len(paths))} - {*local}), jobs or 32, "remote"))
     return [found[number] for number in range(len(paths))]
 
@@ -162,9 +164,15 @@ def _side_by_side(
             yield from zip(tasks[task], task.result(), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
-    for task in tasks:
-        if not task.cancelled():
-            task.result()
+    try:
+        for task in tasks:
+            if not task.cancelled():
+                task.result()
+    except BrokenProcessPool:
+        raise ShardError(
+            f"indexing {shown(paths[numbers[0]])} and {len(numbers) - 1} more: one of {jobs} processes was killed, "
+            "most often for want of memory; index them beforehand with mmssl shards index --jobs 1"
+        ) from None
 
 
 def _each(work: Callable[[str], ShardIndex | None], paths: list[str]) -> list[ShardIndex | None]:
@@ -181,10 +189,6 @@ def _end_with_parent(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _known(path: str) -> ShardIndex | None:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mmssl.data.budget import Budget
+from mmssl.data.processors import processors
 from mmssl.data.stream import EvalSet, TrainStream
 from mmssl.types import Batch
 
@@ -41,7 +42,7 @@ def leave_cores(workers: int, processes: int) -> None:
 
 def _cores(processes: int) -> int:
     """Cores for each of ``processes`` training processes of this node."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = processors()
     return cores if "SLURM_CPUS_PER_TASK" in os.environ else cores // max(1, processes)
 
 

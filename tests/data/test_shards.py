@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import signal
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -367,6 +368,17 @@ def test_without_a_right_to_write_the_index_goes_to_the_cache_or_memory(
     shards = ShardSet(path)
     assert shards.shards[0].file is None
     assert pickle.loads(pickle.dumps(shards)).read(1).members == {"txt": b"2"}  # noqa: S301
+
+
+def killed(path: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_of_the_indexing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = expand(write_shards(tmp_path, 12))
+    monkeypatch.setattr(index_module, "_index_local", killed)
+    with pytest.raises(ShardError, match=r"00000\.tar and 2 more: one of 2 processes was killed, .* --jobs 1$"):
+        index_module.index_shards(paths, jobs=2)
 
 
 def test_a_shard_that_changes_after_it_was_indexed_is_named(tmp_path: Path) -> None:
