@@ -127,11 +127,6 @@ class Order:
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (self.history, self.lanes, self._key, self.block, self.window)
 
-    @property
-    def samples(self) -> int:
-        """Samples of the newest epochs."""
-        return self.history[-1][1]
-
     def epoch_at(self, position: int) -> tuple[int, int, int]:
         """(epoch, its first position, its number of samples) of a position."""
         entry = bisect_right(self._begins, position) - 1
