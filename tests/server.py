@@ -47,6 +47,8 @@ class FileServer:
                     outer.most = max(outer.most, outer._running)
                 try:
                     outer._answer(self)
+                except OSError:  # the client has gone
+                    self.close_connection = True
                 finally:
                     with outer._lock:
                         outer._running -= 1
@@ -120,9 +122,6 @@ class FileServer:
         if fault == "cut":
             body = body[: len(body) // 2]
             handler.close_connection = True
-        try:
-            handler.wfile.write(body)
-        except OSError:
-            return
-        with self._lock:
+        with self._lock:  # before it is sent: whoever has the answer finds it in the log
             self.log.append((handler.command, name, first, len(body)))
+        handler.wfile.write(body)

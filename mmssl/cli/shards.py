@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections import Counter, defaultdict
 from typing import IO, Any
 
@@ -30,7 +31,7 @@ def index(shards: list[str], jobs: int | None = None) -> None:
     new: set[str] = set()
     errors: list[str] = []
     with tempfile.NamedTemporaryFile() as clock, Progress(len(paths), "indexing", "shards") as progress:
-        began = os.stat(clock.name).st_mtime_ns  # of the file system's clock, to which indexes are compared
+        began = _tick(clock.name)  # of the file system's clock, to which indexes are compared
 
         def tell(shard: ShardIndex) -> None:
             if shard.path in found:
@@ -64,6 +65,15 @@ def index(shards: list[str], jobs: int | None = None) -> None:
     samples = sum(shard.samples for shard in found.values())
     mark = fingerprint([found[path] for path in paths]).split()[0]
     print(f"{number(samples)} samples in {number(len(paths))} shards, fingerprint {mark}")
+
+
+def _tick(path: str) -> int:
+    """A time of change that no file has yet: that clock moves in steps of some milliseconds, so the next one."""
+    first = os.stat(path).st_mtime_ns
+    while (now := os.stat(path).st_mtime_ns) == first:
+        time.sleep(0.001)
+        os.utime(path)
+    return now
 
 
 def _is_new(shard: ShardIndex, began: int) -> bool:

@@ -14,6 +14,7 @@ from written import picture
 
 from mmssl.cli import main
 from mmssl.cli.progress import printable, size, table
+from mmssl.cli.shards import _tick
 from mmssl.curation.compare import check_shards
 from mmssl.curation.inspect import BAD, NOTES, Depth, Finding, ShardReport, check_shard
 from mmssl.curation.statistics import places, quantiles
@@ -384,3 +385,13 @@ def test_figures_for_people() -> None:
     ]  # fmt: skip
     assert printable("a\x1b[31m\udc80é\n") == "a\\x1b[31m\\udc80é\n"
     assert table([["a", "1"], ["bb", "22"]], "lr") == "a    1\nbb  22"
+
+
+def test_an_index_of_the_same_tick_is_not_called_new(tmp_path: Path) -> None:
+    """The file system's clock moves in steps of milliseconds, and an index may be as young as the command."""
+    for number in range(20):
+        young = tmp_path / f"{number}.idx"
+        young.touch()
+        begun = tmp_path / f"{number}.clock"
+        begun.touch()
+        assert _tick(str(begun)) > young.stat().st_mtime_ns
