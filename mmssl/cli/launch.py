@@ -7,7 +7,6 @@ written to by another one: ``--resume`` goes on with it, from its newest whole c
 import logging
 import os
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,8 +17,17 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
-from lightning.pytorch.utilities import rank_zero_only
 
+from mmssl.cli.folder import (
+    ConfigFile,
+    config_paths,
+    default_run,
+    is_rank_zero,
+    make_folder,
+    options_of,
+    refuse_a_run,
+    with_config_of_run,
+)
 from mmssl.cli.keys import Checker, UsageError, one_line, read_yaml
 from mmssl.training.callbacks.predictions import Predictions
 from mmssl.training.callbacks.progress import Lines
@@ -47,7 +55,7 @@ def launch(args: list[str], state: dict[str, bool]) -> None:
     """
     _quiet()
     sys.path.append(os.getcwd())  # so that a config can name a class of one's own beside it; last, to shadow nothing
-    args = _with_config_of_run(args)
+    args = with_config_of_run(args)
     Launch(args, state)
 
 
@@ -67,7 +75,7 @@ class Launch(LightningCLI):
 
         self._args = args
         self._state = state
-        self._configs = [(path, read_yaml(path)) for path in _config_paths(args)]
+        self._configs = [(path, read_yaml(path)) for path in config_paths(args)]
         own_data = self._names_a_data_class()
         super().__init__(
             pl.LightningModule,
@@ -94,7 +102,7 @@ class Launch(LightningCLI):
         written = [content.get("data") for _, content in self._configs if isinstance(content, dict)]
         if any(isinstance(data, str) or (isinstance(data, dict) and "class_path" in data) for data in written):
             return True
-        return any(name == "data" and "." in (value or "") for name, value in _options(self._args))
+        return any(name == "data" and "." in (value or "") for name, value in options_of(self._args))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         from jsonargparse import ActionYesNo
@@ -112,14 +120,14 @@ class Launch(LightningCLI):
         checker = Checker(self._subcommand_parsers[self._args[0]], bases)
         for path, content in self._configs:
             checker.config(content, path)
-        for name, value in _options(self._args[1:]):
+        for name, value in options_of(self._args[1:]):
             if name not in ("config", "c", "print_config", "h", "help"):
                 checker.option(name, value)
         self.config = parser.parse_args(args)
 
     def _class_names(self) -> list[str]:
         """The classes of the model as they are written in the configs and options."""
-        names = [value or "" for name, value in _options(self._args) if name in ("model", "model.class_path")]
+        names = [value or "" for name, value in options_of(self._args) if name in ("model", "model.class_path")]
         for _, content in self._configs:
             model = content.get("model") if isinstance(content, dict) else None
             names.append(model if isinstance(model, str) else str((model or {}).get("class_path", ".")))
@@ -133,7 +141,7 @@ class Launch(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         fit = self.subcommand == "fit"
-        self.folder = Path(config.run or _default_run(self._args))
+        self.folder = Path(config.run or default_run(self._args))
         self.checkpoint: str | None = config.ckpt_path
         if self.checkpoint == "best":  # by a metric: what mmssl.training.callbacks.best keeps
             self.checkpoint = str(self.folder / "checkpoints" / "best.ckpt")
@@ -150,18 +158,18 @@ class Launch(LightningCLI):
         if config.resume or (not fit and self.checkpoint is None):
             if not self.folder.is_dir():
                 raise UsageError(f"there is no run at {self.folder}; give its folder with --run")
-            self.checkpoint = str(latest_checkpoint(self.folder, set_aside=fit and _is_rank_zero()))
+            self.checkpoint = str(latest_checkpoint(self.folder, set_aside=fit and is_rank_zero()))
         if self.checkpoint is not None and not Path(self.checkpoint).is_file():
             raise UsageError(f"there is no checkpoint {self.checkpoint}")
         if config.resume and 0 < config.trainer.max_steps <= step_of(Path(self.checkpoint or "")):
             print(f"mmssl: {self.folder} is at step {config.trainer.max_steps} already; it is finished", flush=True)
             raise SystemExit(0)
-        if fit and not config.resume and _is_rank_zero():  # the other ranks start a little later and would see rank 0's
-            _refuse_a_run(self.folder)
-        if _is_rank_zero():
-            _make_folder(self.folder)
+        if fit and not config.resume and is_rank_zero():  # the other ranks start a little later and would see rank 0's
+            refuse_a_run(self.folder)
+        if is_rank_zero():
+            make_folder(self.folder)
         self._resolved = self._dumped(config)
-        asked = {"model.tokenizer", "model.init_args.tokenizer"} & dict(_options(self._args)).keys()
+        asked = {"model.tokenizer", "model.init_args.tokenizer"} & dict(options_of(self._args)).keys()
         arguments = config.model.get("init_args") or {}
         if (config.resume or not fit) and "tokenizer" in arguments and not asked:  # else the checkpoint's is compared
             arguments["tokenizer"] = tokenizer_of_run(self.folder, arguments["tokenizer"])
@@ -197,7 +205,7 @@ class Launch(LightningCLI):
             first.append(Lines())
         last: list[Callback] = [_Started(self._state)]
         if fit and not config["fast_dev_run"]:
-            last += [_ConfigFile(self.folder, self._resolved), TokenizerFile(self.folder)]
+            last += [ConfigFile(self.folder, self._resolved), TokenizerFile(self.folder)]
         if self.subcommand == "predict" and not any(isinstance(c, Predictions) for c in own):
             last.append(Predictions())
         for checkpoints in callbacks:
@@ -240,27 +248,6 @@ class _Started(Callback):
     on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = _note
 
 
-class _ConfigFile(Callback):
-    """Writes config.yaml when training starts; an earlier start's that differs stays as config.1.yaml, ...
-
-    Not before: what a start failed on would otherwise be in the way of the next one.
-    """
-
-    def __init__(self, folder: Path, text: str) -> None:
-        self._folder, self._text = folder, text
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        path = self._folder / "config.yaml"
-        if not trainer.is_global_zero or (path.is_file() and path.read_text() == self._text):
-            return
-        if path.is_file():
-            number = 1
-            while (self._folder / f"config.{number}.yaml").exists():
-                number += 1
-            path.rename(self._folder / f"config.{number}.yaml")
-        path.write_text(self._text)
-
-
 def _plugins(asked: Any) -> list[Any]:
     plugins = list(asked) if isinstance(asked, list | tuple) else [asked] if asked is not None else []
     if not any(isinstance(p, CheckpointIO) for p in plugins):
@@ -268,72 +255,6 @@ def _plugins(asked: Any) -> list[Any]:
     if SLURMEnvironment.detect() and not any(isinstance(p, ClusterEnvironment) for p in plugins):
         plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's own saves inside the signal handler
     return plugins
-
-
-def _is_rank_zero() -> bool:
-    return rank_zero_only.rank in (None, 0)  # type: ignore[attr-defined]
-
-
-def _refuse_a_run(folder: Path) -> None:
-    if not folder.is_dir():
-        return
-    checkpoints = [p for p in (folder / "checkpoints").glob("*") if not p.name.endswith(".tmp")]
-    if checkpoints or (folder / "metrics.csv").exists():
-        saved = f"with {len(checkpoints)} checkpoints" if checkpoints else "without a checkpoint"
-        remedy = "--resume goes on with it, " if checkpoints else ""
-        raise UsageError(f"{folder} already holds a run ({saved}); {remedy}--run runs/OTHER starts a new one")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UsageError(f"cannot write to the run's folder {folder}: {reason}; give another one with --run") from error
-
-
-# ---- the command line
-
-
-def _options(args: list[str]) -> list[tuple[str, str | None]]:
-    """The options as (name without dashes, value or None)."""
-    found: list[tuple[str, str | None]] = []
-    for i, arg in enumerate(args):
-        if not arg.startswith("-") or arg in ("-", "--") or arg[1:2].isdigit():
-            continue
-        name, equals, value = arg.lstrip("-").partition("=")
-        following = args[i + 1] if i + 1 < len(args) and not args[i + 1].startswith("--") else None
-        found.append((name, value if equals else following))
-    return found
-
-
-def _config_paths(args: list[str]) -> list[str]:
-    return [value for name, value in _options(args) if name in ("config", "c") and value]
-
-
-def _default_run(args: list[str]) -> str:
-    paths = _config_paths(args)
-    return f"runs/{Path(paths[0]).stem}" if paths else "runs/unnamed"
-
-
-def _with_config_of_run(args: list[str]) -> list[str]:
-    """``--run runs/NAME`` without ``--config`` takes the config that the run was started with."""
-    if _config_paths(args):
-        return args
-    options = dict(_options(args))
-    run = options.get("run")
-    if not run or options.keys() & {"h", "help"}:
-        return args
-    config = Path(run) / "config.yaml"
-    if config.is_file():
-        return [args[0], "--config", str(config), *args[1:]]
-    if not any(name.split(".")[0] == "model" for name in options):
-        problem = f"the run at {run} has no config.yaml" if Path(run).is_dir() else f"there is no run at {run}"
-        new = ", or a new run's config with --config" if args[0] == "fit" else ""
-        raise UsageError(f"{problem}; give a run's folder with --run{new}")
-    return args
 
 
 def _quiet() -> None:
