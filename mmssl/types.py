@@ -109,6 +109,7 @@ class Batch(_Movable):
     counts: dict[str, int] = field(default_factory=dict)  # items that each loss averages over, e.g. {"text": 812}
     window: dict[str, int] | None = None  # this rank's counts over the whole accumulation window
     bad: list[tuple[str, str]] = field(default_factory=list)  # (shard, reason) of every sample that was replaced
+    source: str = ""  # of several sources, the one whose samples these are
 
     @property
     def size(self) -> int:
@@ -146,7 +147,7 @@ class Prepare(Protocol):
         ...
 
     def collate(self, examples: list[Any], valid: list[bool] | None = None) -> Batch:
-        """Stack and pack; leaves ``index``, ``keys``, ``window`` and ``bad`` to the stream."""
+        """Stack and pack; leaves ``index``, ``keys``, ``window``, ``bad`` and ``source`` to the stream."""
         ...
 
 

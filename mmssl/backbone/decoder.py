@@ -23,7 +23,7 @@ class Decoder(nn.Module):
     so tokens stay as [prefix, visible, hidden] and are never sorted back into the picture; only hidden ones reach
     the last norm and the prediction.
 
-    With ``text`` each segment also holds the sample's text tokens, projected, with fixed 1-D sine-cosine
+    With ``text`` a segment may also hold the sample's text tokens, projected, with fixed 1-D sine-cosine
     positions and a learned modality embedding (M3AE, Geng et al. 2022).
 
     Args:
@@ -91,12 +91,14 @@ class Decoder(nn.Module):
         ``encoded`` comes from the backbone for the same ``visible`` (and ``text``).
 
         Raises:
-            ValueError: no patches in ``encoded``, or text where the decoder has none, or the reverse.
+            ValueError: no patches in ``encoded``, or text where the decoder has none, or text only half.
         """
         if encoded.prefix is None or encoded.patches is None:
             raise ValueError("the decoder needs encoded patches; give the backbone pictures")
-        if (text is None or encoded.text is None) != (self.modality is None):
-            raise ValueError(f"the decoder was built with text={self.modality is not None}; give the text accordingly")
+        if (text is None) != (encoded.text is None):
+            raise ValueError("the decoder needs the text that was encoded, or none")
+        if text is not None and self.modality is None:
+            raise ValueError("text came to a decoder without; build it with text=True")
         x = self.embed(torch.cat([encoded.prefix, encoded.patches], 1))
         prefix, patches = x.tensor_split([self.num_prefix_tokens], 1)
         patches = patches + self.positions[visible].to(x.dtype)

@@ -4,8 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from itertools import takewhile
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -15,22 +14,13 @@ from mmssl.data.cache import Cache
 from mmssl.data.identity import histories, identity, write_shards_file
 from mmssl.data.index import ShardIndex
 from mmssl.data.loader import Loader, StartMethod, default_workers, leave_cores
-from mmssl.data.members import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, missing, sample_text
 from mmssl.data.order import check_world, choose_lanes
-from mmssl.data.remote import shown
 from mmssl.data.shards import ShardSet
+from mmssl.data.sources import SourceConfig, check_members, prepare_of, read_sources
 from mmssl.data.stream import EvalSet, Source, TrainStream
-from mmssl.data.tar import ShardError
-from mmssl.types import BadSample, Batch, Prepare, Sample
+from mmssl.types import Batch, Prepare
 
 _TELL = 10.0  # seconds between two lines while shards are indexed
-
-
-class SourceConfig(TypedDict):
-    """One source of a mixture: its shards, and its weight (1 by default)."""
-
-    shards: str | list[str]
-    weight: NotRequired[float]
 
 
 class DataModule(LightningDataModule):
@@ -38,7 +28,8 @@ class DataModule(LightningDataModule):
 
     Args:
         train: shards to train on: a path, brace pattern, glob, folder, or a list of these; or several sources,
-            ``{name: {shards: ..., weight: ...}}``, of which every batch takes one.
+            ``{name: {shards: ..., weight: ...}}``, of which every batch takes one.  With ``only: image`` or
+            ``only: text`` a source of an objective of pairs has pictures or texts alone.
         val: shards to validate, test and predict on; none by default.
         batch_size: samples of a batch over *all* ranks.
         val_batch_size: the same for validation; None means ``batch_size``.
@@ -95,7 +86,7 @@ class DataModule(LightningDataModule):
             raise ValueError(f"budget is {budget}; give the part of samples that may be bad, from 0 to 1")
         if seed < 0:
             raise ValueError(f"seed is {seed}; give 0 or more")
-        self.train, self.val = _sources(train), val
+        self.train, self.val = read_sources(train), val
         self.batch_size = batch_size
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
         self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
@@ -130,8 +121,9 @@ class DataModule(LightningDataModule):
             sources = []
             for name, source in self.train.items():
                 shards = ShardSet(source["shards"], cache=self.cache)
-                _check_members(shards, prepare, type(module).__name__)
-                sources.append(Source(name, shards, float(source.get("weight", 1.0))))
+                own = prepare_of(name, source, prepare, type(module).__name__)
+                check_members(shards, own, type(module).__name__)
+                sources.append(Source(name, shards, float(source.get("weight", 1.0)), own))
             self._train = TrainStream(
                 sources,
                 prepare,
@@ -149,7 +141,7 @@ class DataModule(LightningDataModule):
         if self.val is not None:
             prepare = module.prepare(train=False)  # type: ignore[operator]
             shards = ShardSet(self.val, cache=self.cache)
-            _check_members(shards, prepare, type(module).__name__)
+            check_members(shards, prepare, type(module).__name__)
             self._val = EvalSet(
                 shards,
                 prepare,
@@ -291,52 +283,3 @@ class _Patience:
         if time.monotonic() - self._told >= _TELL:
             self._told = time.monotonic()
             print(f"mmssl: indexing shards: {self._shards} done, {self._samples} samples", file=sys.stderr, flush=True)
-
-
-def _sources(train: str | list[str] | dict[str, SourceConfig]) -> dict[str, SourceConfig]:
-    if not isinstance(train, dict):
-        return {"train": {"shards": train}}
-    if not train:
-        raise ValueError("train names no source; give {name: {shards: ..., weight: ...}}")
-    for name, source in train.items():
-        unknown = set(source) - {"shards", "weight"}
-        if unknown or "shards" not in source:
-            raise ValueError(f"source {name!r} has {sorted(source)}; give shards and, if you like, weight")
-        if source.get("weight", 1.0) <= 0:
-            raise ValueError(f"source {name!r} has weight {source['weight']}; give one above 0, or leave it out")
-    return train
-
-
-def _check_members(shards: ShardSet, prepare: Prepare, objective: str) -> None:
-    """Raises ShardError for the first shard that lacks what the objective needs; warns of members left out."""
-    for shard in shards.shards:
-        lacking = missing(prepare.needs, shard.extensions)
-        if lacking:
-            raise ShardError(
-                f"shard {shown(shard.path)}: has no {' and no '.join(lacking)} (found: {', '.join(shard.extensions)}); "
-                f"{objective} needs {' and '.join(prepare.needs)} in every sample"
-            )
-    if "text" in prepare.needs and "txt" not in shards.shards[0].extensions:
-        errors = list(takewhile(bool, map(_text_error, map(shards.read, range(min(8, len(shards)))))))
-        if len(errors) == min(8, len(shards)):  # a single bad sample is the stream's business
-            raise ShardError(
-                f"shard {shown(shards.shards[0].path)}: has no .txt, and {errors[0]}; "
-                f"{objective} needs text in every sample"
-            )
-    if (check := getattr(prepare, "check", None)) is not None:  # what more there is to know before a run
-        check(shards)
-    skipped = {kind: n for kind, n in shards.skipped.items() if kind != "folder"}
-    for extension, n in shards.extensions.items():
-        if extension.rpartition(".")[2] in {*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS} and "." in extension:
-            skipped[f".{extension} (a key ends at the first dot of a name)"] = n
-    if skipped:
-        found = ", ".join(f"{n} x {kind}" for kind, n in skipped.items())
-        rank_zero_warn(f"{shown(shards.shards[0].path)} and the shards after it: members that are not read: {found}")
-
-
-def _text_error(sample: Sample) -> str:
-    try:
-        sample_text(sample)
-    except BadSample as error:
-        return f"sample {sample.key} no caption in its json ({error})"
-    return ""

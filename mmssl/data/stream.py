@@ -28,11 +28,12 @@ StreamError = ShardError | TooManyBadSamples
 
 @dataclass
 class Source:
-    """Shards with a name and a weight in the mixture."""
+    """Shards with a name and a weight in the mixture, and what prepares them, if not what prepares the others."""
 
     name: str
     shards: ShardSet
     weight: float = 1.0
+    prepare: Prepare | None = None
 
 
 class _Samples:
@@ -42,6 +43,9 @@ class _Samples:
         self.sources, self.prepare, self.bad_samples = sources, prepare, bad_samples
         self._listed: set[tuple[str, str, int]] = set()  # every validation meets the same bad samples again
 
+    def prepare_of(self, source: int) -> Prepare:
+        return self.sources[source].prepare or self.prepare
+
     def get(
         self, source: int, index: int, key: tuple[int, ...], epoch: int, batch: int, count: int
     ) -> tuple[Any, str, list[tuple[str, str]]]:
@@ -50,14 +54,14 @@ class _Samples:
         ``key`` and the sample's index key the draws.  A substitute is one of the source's first ``count`` samples,
         chosen by hash.
         """
-        shards = self.sources[source].shards
+        shards, prepare = self.sources[source].shards, self.prepare_of(source)
         bad: list[tuple[str, str]] = []
         chosen = index
         while len(bad) < _TRIES:
             sample = shards.read(chosen, alone=bool(bad))
             name = f"{sample.shard.rpartition('/')[2]}/{sample.key}"
             try:
-                return self.prepare.sample(sample, Draws(*key, chosen), batch), name, bad
+                return prepare.sample(sample, Draws(*key, chosen), batch), name, bad
             except BadSample as error:
                 bad.append((sample.shard, error.reason))
                 self._report(sample.shard, sample.key, error, epoch)
@@ -163,7 +167,8 @@ class TrainStream(IterableDataset[Batch | StreamError]):
             names.append(name)
             if replaced:
                 bad += replaced
-        batch = self.samples.prepare.collate(examples)
+        batch = self.samples.prepare_of(source).collate(examples)
+        batch.source = self.samples.sources[source].name
         batch.index, batch.keys, batch.bad = number, names, bad
         return batch
 

@@ -4,7 +4,7 @@ FLAVA (Singh et al. 2022) gave the name, M3AE (Geng et al. 2022) the shape, BEiT
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
@@ -25,11 +25,14 @@ from mmssl.objectives.base import (
     TextHead,
     begin_backbone,
     check_image_masking,
+    check_ratio,
     check_text_masking,
     guesses,
     reconstruction_loss,
     token_losses,
 )
+from mmssl.objectives.mae import PrepareMAE
+from mmssl.objectives.mlm import PrepareMLM
 from mmssl.training.module import Completion, PretrainModule, unit_pixels
 from mmssl.types import Batch, Loss, Sample
 
@@ -45,7 +48,12 @@ class PrepareMMM:
 
     image: PrepareImage
     text: PrepareText
+    alone: dict[str, PrepareMAE | PrepareMLM]  # for sources of images alone ("image") and of texts alone ("text")
     needs: tuple[str, ...] = ("image", "text")
+
+    def only(self, part: str) -> PrepareMAE | PrepareMLM:
+        """What prepares a source that has "image" or "text" alone."""
+        return self.alone[part]
 
     def sample(self, sample: Sample, draws: Draws, index: int) -> PairExample:
         return PairExample(self.image.sample(sample, draws), self.text.sample(sample, draws, index))
@@ -58,8 +66,10 @@ class PrepareMMM:
 
 
 class PairPrediction(NamedTuple):
-    logits: Float[Tensor, "M W"]
-    patches: Float[Tensor, "B U K"]
+    """Of the hidden tokens and of the hidden patches; None for what a batch does not hold."""
+
+    logits: Float[Tensor, "M W"] | None
+    patches: Float[Tensor, "B U K"] | None
 
 
 class MMMNetwork(nn.Module):
@@ -71,19 +81,26 @@ class MMMNetwork(nn.Module):
         self.text_head = TextHead(backbone.embed_dim, backbone.token_embedding)
 
     def forward(self, batch: Batch) -> PairPrediction:
-        """Hidden tokens and hidden patches, both predicted from one encoding of what is visible of the pair."""
-        assert batch.image is not None
-        assert batch.text is not None
+        """Hidden tokens and hidden patches, both predicted from one encoding of what is visible of the pair.
+
+        Of a batch of images alone, or of texts alone, there is only the one half.
+        """
         image, text = batch.image, batch.text
+        if image is None:
+            assert text is not None
+            return PairPrediction(self.text_head(self.backbone(text=text).text[text.hidden]), None)
         encoded = self.backbone(self.pixels(image.pixels), image.visible, text)
-        logits = self.text_head(encoded.text[text.hidden])  # [M, D] -> [M, V]
+        logits = None if text is None else self.text_head(encoded.text[text.hidden])  # [M, D] -> [M, V]
         if image.hidden.shape[1] == 0:  # the picture is whole: there is nothing to decode
-            return PairPrediction(logits, logits.new_zeros(batch.size, 0, self.pixels.patch_dim))
+            return PairPrediction(logits, encoded.prefix.new_zeros(batch.size, 0, self.pixels.patch_dim))
         return PairPrediction(logits, self.decoder(encoded, image.visible, image.hidden, text))
 
 
 class MMM(PretrainModule):
     """Hide words and patches of a pair at once: each is predicted from the visible words and the visible patches.
+
+    Of several sources in ``data.train`` some may hold images alone or texts alone (FLAVA): a batch of these trains the
+    same backbone, head and decoder as masked images or as masked text.
 
     Args:
         tokenizer: path of a tokenizer.json (``mmssl tokenizer train`` makes one).
@@ -91,6 +108,8 @@ class MMM(PretrainModule):
         backbone_options: further arguments of :class:`mmssl.Backbone`, such as ``experts: true``.
         text_mask_ratio: part of a caption's ordinary tokens that is hidden, or [first, last] over the run.
         image_mask_ratio: part of the patches that is hidden.
+        text_alone_mask_ratio: as ``text_mask_ratio``, where a text has no picture that could help to guess.
+        image_alone_mask_ratio: as ``image_mask_ratio``, where a picture has no text.
         text_masking: random, whole_word or span.
         image_masking: random, block or multi_block.
         text_weight, image_weight: of the two losses, 0 or more and not both 0 (M3AE's paper weighs text 0.5).
@@ -112,6 +131,8 @@ class MMM(PretrainModule):
         backbone_options: dict[str, Any] | None = None,
         text_mask_ratio: Ratio = 0.3,
         image_mask_ratio: float = 0.75,
+        text_alone_mask_ratio: Ratio = 0.15,
+        image_alone_mask_ratio: float = 0.75,
         text_masking: TextStrategy = "whole_word",
         image_masking: ImageStrategy = "random",
         text_weight: float = 1.0,
@@ -137,6 +158,7 @@ class MMM(PretrainModule):
             raise ValueError("text_weight and image_weight are both 0: nothing would be learned; raise one")
         self.tokenizer = TextTokenizer(tokenizer)
         check_text_masking(self.tokenizer, vocab_size, text_mask_ratio, text_masking, max_tokens)
+        check_ratio("text_alone_mask_ratio", text_alone_mask_ratio)
         encoder = begin_backbone(
             backbone,
             backbone_options,
@@ -147,7 +169,9 @@ class MMM(PretrainModule):
             max_text_tokens=max_tokens,
         )
         check_image_masking(encoder.grid_size, image_mask_ratio, image_masking)
+        check_image_masking(encoder.grid_size, image_alone_mask_ratio, image_masking)
         self.text_mask_ratio, self.image_mask_ratio = text_mask_ratio, image_mask_ratio
+        self.text_alone_mask_ratio, self.image_alone_mask_ratio = text_alone_mask_ratio, image_alone_mask_ratio
         self.text_masking, self.image_masking = text_masking, image_masking
         self.max_tokens, self.pad_to_multiple_of = max_tokens, pad_to_multiple_of
         self.crop_scale, self.flip = crop_scale, flip
@@ -171,33 +195,38 @@ class MMM(PretrainModule):
     def prepare(self, train: bool) -> PrepareMMM:
         size = self.network.backbone.img_size
         crop = RandomResizedCrop(size, scale=self.crop_scale, flip=self.flip) if train else ResizeCenterCrop(size)
-        return PrepareMMM(
-            PrepareImage(crop, self.network.backbone.grid_size, self.image_mask_ratio, self.image_masking),
-            PrepareText(
-                self.tokenizer,
-                self.max_tokens,
-                self.text_mask_ratio,
-                self.text_masking,
-                self.total_batches,
-                train,
-                self.pad_to_multiple_of,
-            ),
+        image = PrepareImage(crop, self.network.backbone.grid_size, self.image_mask_ratio, self.image_masking)
+        text = PrepareText(
+            self.tokenizer,
+            self.max_tokens,
+            self.text_mask_ratio,
+            self.text_masking,
+            self.total_batches,
+            train,
+            self.pad_to_multiple_of,
         )
+        alone: dict[str, PrepareMAE | PrepareMLM] = {
+            "image": PrepareMAE(replace(image, ratio=self.image_alone_mask_ratio)),
+            "text": PrepareMLM(replace(text, ratio=self.text_alone_mask_ratio)),
+        }
+        return PrepareMMM(image, text, alone)
 
     def compare(self, prediction: PairPrediction, batch: Batch) -> dict[str, Loss]:
-        assert batch.image is not None
-        assert batch.text is not None
-        pixels = self.network.pixels
-        target = pixels.targets(pixels(batch.image.pixels), batch.image.hidden)
-        text, hits = token_losses(prediction.logits, batch.text.labels)
-        image = reconstruction_loss(prediction.patches, target, batch.valid)
-        return {"text": text, "image": image, "text_accuracy": hits}
+        losses = {}
+        if batch.text is not None and prediction.logits is not None:
+            losses["text"], losses["text_accuracy"] = token_losses(prediction.logits, batch.text.labels)
+        if batch.image is not None and prediction.patches is not None:
+            pixels = self.network.pixels
+            target = pixels.targets(pixels(batch.image.pixels), batch.image.hidden)
+            losses["image"] = reconstruction_loss(prediction.patches, target, batch.valid)
+        return losses
 
     def complete(self, batch: Batch) -> Completion:
-        assert batch.image is not None
-        assert batch.text is not None
+        prediction, found = self(batch), Completion()
+        if batch.text is not None:
+            found = guesses(prediction.logits, batch.text, batch.size)
+        if batch.image is None:
+            return found
         pixels = self.network.pixels
-        prediction = self(batch)
         seen, completed = pixels.complete(pixels(batch.image.pixels), batch.image, prediction.patches.float())
-        words = guesses(prediction.logits, batch.text, batch.size)
-        return words._replace(original=unit_pixels(batch.image.pixels), visible=seen, completed=completed)
+        return found._replace(original=unit_pixels(batch.image.pixels), visible=seen, completed=completed)

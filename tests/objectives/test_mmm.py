@@ -3,10 +3,12 @@
 import dataclasses
 from collections.abc import Callable
 
+import pairs
 import pytest
 import torch
 
 import mmssl
+from mmssl.draws import Draws
 from mmssl.types import Batch
 
 
@@ -95,3 +97,38 @@ def test_weights_that_teach_nothing_are_refused(
     with pytest.raises(ValueError, match=message) as caught:
         mmssl.MMM(tokenizer_path, "vit_tiny_patch16_224", tiny, **weights)
     assert "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+def test_images_alone_and_texts_alone_are_mae_and_mlm(
+    module: mmssl.MMM, make_batch: Callable[..., Batch], tokenizer_path: str, tiny: dict[str, object]
+) -> None:
+    """The same batches, predictions and losses as those objectives with the same weights have."""
+    options = {**tiny, "experts": module.network.backbone.arguments()["experts"]}
+    sizes = {"decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 4}
+    mae = mmssl.MAE("vit_tiny_patch16_224", tiny, crop_scale=(1.0, 1.0), flip=False, **sizes)
+    mlm = mmssl.MLM(tokenizer_path, "vit_tiny_patch16_224", options, masking="whole_word", max_tokens=32)
+    ours = module.state_dict()
+    shared = {name: value for name, value in ours.items() if name in mae.state_dict()}
+    assert set(mae.state_dict()) == set(shared)
+    mae.load_state_dict(shared)
+    mlm.load_state_dict({name: ours[name] for name in mlm.state_dict()})
+    for part, other in {"image": mae.eval(), "text": mlm.eval()}.items():
+        theirs = make_batch(other, 4)
+        prepare = module.prepare(train=True).only(part)
+        mine = prepare.collate([prepare.sample(pairs.sample(i), Draws(0, i), 0) for i in range(4)])
+        assert (mine.image is None, mine.text is None, mine.counts) == (part == "text", part == "image", theirs.counts)
+        if part == "image":
+            assert mine.image.pixels.equal(theirs.image.pixels)
+            assert mine.image.hidden.equal(theirs.image.hidden)
+        else:
+            assert mine.text.input_ids.equal(theirs.text.input_ids)
+            assert mine.text.labels.equal(theirs.text.labels)
+        loss = module.compare(module(theirs), theirs)
+        expected = other.compare(other(theirs), theirs)
+        assert loss.keys() == expected.keys()
+        for name in loss:
+            torch.testing.assert_close(loss[name].total / loss[name].count, expected[name].total / expected[name].count)
+        shown, alone = module.complete(theirs), other.complete(theirs)
+        assert (shown.original is None) == (alone.original is None)
+        assert shown.guesses == alone.guesses
