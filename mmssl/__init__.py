@@ -15,11 +15,13 @@ _HOME = {
     "PairClassifier": "mmssl.finetune.classifiers",
     "DataModule": "mmssl.data.datamodule",
     "Backbone": "mmssl.backbone",
+    "FSDP": "mmssl.training.strategies",
     "load_backbone": "mmssl.pretrained",
     "Pretrained": "mmssl.pretrained",
     "SampleLedger": "mmssl.training.callbacks.ledger",
 }
 __all__ = [
+    "FSDP",
     "MAE",
     "MLM",
     "MMM",

@@ -1,18 +1,22 @@
-"""Every YAML in configs/ builds at its own size, and runs two steps at a reduced one through the real command."""
+"""Every YAML in configs/ builds at its own size, and runs two steps at a reduced one through the real command.
+
+Overlays are put behind a whole config; tests/training/test_parallel.py shows what they train.
+"""
 
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from pairs import TINY
 
 import mmssl
 from mmssl.cli import main
 
+HOME = Path(__file__).parents[1] / "configs"
 # Those of fine-tuning begin with a pretrained backbone: tests/finetune/test_commands.py runs them.
-CONFIGS = sorted(
-    path for path in (Path(__file__).parents[1] / "configs").rglob("*.yaml") if path.parent.name != "finetune"
-)
+CONFIGS = sorted(path for path in HOME.rglob("*.yaml") if path.parent.name not in ("finetune", "strategy"))
+OVERLAYS = sorted((HOME / "strategy").glob("*.yaml"))
 NAMES = [
     str(path.relative_to(path.parents[1] if path.parent.name == "configs" else path.parents[2])) for path in CONFIGS
 ]
@@ -71,3 +75,41 @@ def test_runs_two_steps(
     assert main(["fit", "--config", str(path), "--run", "run", *options]) == 0
     assert (tmp_path / "run/checkpoints/step=00000002.ckpt").is_file()
     assert list((tmp_path / "run/pictures").glob("*.png"))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=[path.stem for path in OVERLAYS])
+def test_an_overlay_trains_behind_a_config(
+    overlay: Path, pair_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one device here: the overlay's keys are read, and its strategy is what the Trainer gets."""
+    monkeypatch.chdir(tmp_path)
+    seen: list[type] = []
+    monkeypatch.setattr(mmssl.MAE, "on_fit_start", lambda self: seen.append(type(self.trainer.strategy)), raising=False)
+    reduced = {
+        "model.init_args.backbone": "vit_tiny_patch16_224",
+        "model.init_args.backbone_options": yaml.safe_dump(TINY, default_flow_style=True).strip(),
+        "model.init_args.warmup_steps": "1",
+        "data.train": pair_shards,
+        "data.val": pair_shards,
+        "data.batch_size": "8",
+        "data.num_workers": "0",
+        "data.val_samples": "8",
+        "trainer.max_steps": "2",
+        "trainer.accelerator": "cpu",
+        "trainer.devices": "1",
+        "trainer.val_check_interval": "2",
+        "trainer.logger": "false",
+    }
+    options = [f"--{key}={value}" for key, value in reduced.items()]
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # Lightning sets them: they go again with the test
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    try:
+        code = main(["fit", "--config", str(HOME / "demo/mae.yaml"), "--config", str(overlay), "--run", "r", *options])
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert code == 0
+    wanted = yaml.safe_load(overlay.read_text())["trainer"]["strategy"]["class_path"].split(".")[-1]
+    assert [kind.__name__ for kind in seen] == [wanted]
+    assert any((tmp_path / "r" / "checkpoints").iterdir())

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mmssl.pretrained.whole import FORMAT, check_format
 from mmssl.training.messages import warn
 from mmssl.training.optim import adamw, warmup_cosine
+from mmssl.training.strategies import distribute, whole
 from mmssl.types import Batch, Loss, Prepare
 
 
@@ -167,6 +168,7 @@ class PretrainModule(LightningModule):
         if self.compile_blocks:
             self.network.backbone.compile_blocks()  # type: ignore[operator, union-attr]
             self.compile_blocks = False  # configure_model is called again for every fit, validate, …
+        distribute(self, self.network)  # outside of what is compiled and recomputed
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._last_batch = batch.index
@@ -206,13 +208,20 @@ class PretrainModule(LightningModule):
             trained(self._last_batch + 1)
         if self._logs_now():
             self._check_budget()
-        limit = float("inf") if self.clip_grad_norm is None else self.clip_grad_norm
-        norm = nn.utils.clip_grad_norm_(self.parameters(), limit)
+        norm = self._clip()
         if self._logs_now():
             for name, value in self._means(self._window_sums).items():
                 self.log(f"train/{name}", value)
             self.log("train/grad_norm", norm)
             self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def _clip(self) -> Tensor:
+        """Scale the gradient down to ``clip_grad_norm``; its 2-norm before, over all ranks and the same on each."""
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters]))
+        if self.clip_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
+        return norm
 
     # ---- logging
 

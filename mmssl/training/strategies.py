@@ -1,0 +1,179 @@
+"""How the ranks share the work: DDP, or FSDP2 through Lightning's ModelParallelStrategy.
+
+Under DDP every rank holds the whole model.  Under FSDP2 every rank holds 1 / ranks of each parameter and of its
+optimizer state; a block's parameters are gathered when its forward runs and freed behind it.  In both all ranks
+are data-parallel, and gradients are averaged over them.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal, get_args
+
+import torch
+from lightning import LightningModule
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer import Trainer
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class FSDP(ModelParallelStrategy):
+    """FSDP2 over all ranks; ``configs/strategy/fsdp.yaml`` chooses it.
+
+    The model's ``configure_model`` has to call :meth:`shard`, as :class:`mmssl.training.module.PretrainModule` does.
+
+    Args:
+        checkpoint: ``sharded`` saves a folder into which every rank writes its part, ``full`` one file, gathered on
+            rank 0.  Either is gone on with by any number of ranks, under DDP or alone.
+        param_dtype: of the gathered parameters; bfloat16 halves what is sent and needs ``precision: bf16-mixed``.
+            Vectors (norms, biases) and the optimizer's copy stay float32.
+        reduce_dtype: in which gradients are added up over the ranks.
+        reshard_after_forward: free a block's parameters between its forward and its backward.  False takes more memory
+            and sends a third less.
+        timeout: of a collective.
+
+    Raises:
+        ValueError: for another word than these.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Literal["sharded", "full"] = "sharded",
+        param_dtype: Dtype = "float32",
+        reduce_dtype: Dtype = "float32",
+        reshard_after_forward: bool = True,
+        timeout: timedelta = default_pg_timeout,
+    ) -> None:
+        if checkpoint not in ("sharded", "full"):
+            raise ValueError(f"checkpoint of mmssl.FSDP is {checkpoint!r}; choose sharded or full")
+        for name, dtype in {"param_dtype": param_dtype, "reduce_dtype": reduce_dtype}.items():
+            if dtype not in get_args(Dtype):
+                raise ValueError(f"{name} of mmssl.FSDP is {dtype!r}; choose float32 or bfloat16")
+        super().__init__(save_distributed_checkpoint=checkpoint == "sharded", timeout=timeout)
+        self.param_dtype, self.reduce_dtype = param_dtype, reduce_dtype
+        self.reshard_after_forward = reshard_after_forward
+
+    def setup_environment(self) -> None:
+        # Lightning's own sizes, with "auto", make a mesh of nodes x devices: on one node that shards nothing, and the
+        # module would give every rank the same data.
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+    def setup(self, trainer: Trainer) -> None:
+        assert self.lightning_module is not None
+        _check_sharded(self.lightning_module)
+        super().setup(trainer)
+
+    def shard(self, network: nn.Module) -> None:
+        """Shard ``network``'s blocks, then what is left of it, in place; what is sharded already stays as it is.
+
+        A block is each child of a part that is called ``blocks``.  Compile and recompute inside of it, before.
+
+        Raises:
+            ValueError: bfloat16 parameters without autocast.
+        """
+        if isinstance(network, FSDPModule):  # configure_model is called again for every fit, validate, ...
+            return
+        gathered = None
+        if self.param_dtype == "bfloat16":
+            if self.precision_plugin.precision != "bf16-mixed":
+                raise ValueError(
+                    f"param_dtype of mmssl.FSDP is bfloat16 under trainer.precision {self.precision_plugin.precision}; "
+                    "set trainer.precision: bf16-mixed, or leave param_dtype out"
+                )
+            gathered = torch.bfloat16
+        policy = MixedPrecisionPolicy(
+            param_dtype=gathered,
+            reduce_dtype=getattr(torch, self.reduce_dtype),  # torch 2.15 gave None another meaning
+            cast_forward_inputs=False,  # autocast decides; the residual stream stays float32
+            param_dtype_override_fn=(lambda p: p.dtype if p.ndim < 2 else None) if gathered else None,
+        )
+        options: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"], "mp_policy": policy}
+        _begin_alike(network, self.root_device)
+        for block in blocks_of(network):
+            fully_shard(block, reshard_after_forward=self.reshard_after_forward, **options)
+        fully_shard(network, **options)
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Within, gradients stay with their rank: of the micro-batches of a step only the last one adds them up."""
+        self._synchronise(False)
+        try:
+            yield
+        finally:
+            self._synchronise(True)
+
+    def _synchronise(self, on: bool) -> None:
+        assert self.model is not None
+        for part in self.model.modules():
+            if isinstance(part, FSDPModule):
+                part.set_requires_gradient_sync(on, recurse=False)
+
+
+def distribute(module: LightningModule, network: nn.Module) -> None:
+    """What the strategy of the module's Trainer needs of it before its optimizer is made.
+
+    Raises:
+        ValueError: a strategy that would train something else without a word.
+    """
+    strategy = module._trainer and module.trainer.strategy
+    if isinstance(strategy, FSDP):
+        strategy.shard(network)
+    elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+        # FSDP1 refuses CPUs and corrupts Adam's moments in full checkpoints; the other's default mesh shards nothing.
+        raise ValueError(
+            f"trainer.strategy is Lightning's {type(strategy).__name__}; take mmssl's: "
+            "--config configs/strategy/fsdp.yaml, or trainer.strategy: {class_path: mmssl.FSDP}"
+        )
+    elif isinstance(strategy, DDPStrategy):
+        if strategy._ddp_kwargs.get("static_graph"):
+            raise ValueError(
+                "trainer.strategy has static_graph: true, which can leave the ranks' weights apart; leave it out"
+            )
+        # DDP would send all buffers from rank 0 before every forward.  Those that are constants need no sending.
+        module._ddp_params_and_buffers_to_ignore = _constants(module)  # type: ignore[assignment]
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The children of every part of ``network`` that is called ``blocks``: of the backbone, of a decoder."""
+    found = [part for name, part in network.named_modules() if name.split(".")[-1] == "blocks"]
+    return [block for part in found for block in part.children()]
+
+
+def whole(value: Tensor) -> Tensor:
+    """A sharded value as a plain tensor, the same on all ranks; all ranks call this together."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _check_sharded(module: LightningModule) -> None:
+    """A parameter that is not sharded is not synchronised either: the ranks would train apart."""
+    plain = [name for name, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    if plain:
+        more = f" and {len(plain) - 3} more" if len(plain) > 3 else ""
+        raise ValueError(
+            f"mmssl.FSDP: the parameters {', '.join(plain[:3])}{more} of {type(module).__name__} are not sharded, so "
+            "every rank would train its own; keep them inside of self.network, and call super().configure_model()"
+        )
+
+
+def _begin_alike(network: nn.Module, device: torch.device) -> None:
+    """Rank 0's parameters and buffers for all, as DDP does it: sharding puts together what each rank has."""
+    if torch.distributed.get_world_size() == 1:
+        return
+    for tensor in [*network.parameters(), *network.buffers()]:
+        if not tensor.is_meta:
+            sent = tensor.detach().to(device)
+            torch.distributed.broadcast(sent, 0)
+            tensor.data.copy_(sent)
+
+
+def _constants(module: nn.Module) -> list[str]:
+    """Names of the buffers that no checkpoint holds."""
+    saved = module.state_dict(keep_vars=True).keys()
+    return [name for name, _ in module.named_buffers() if name not in saved]
