@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
+from mmssl.cli.cluster import array_task
 from mmssl.cli.keys import UsageError
 
 # ---- the command line
@@ -29,8 +30,10 @@ def config_paths(args: list[str]) -> list[str]:
 
 
 def default_run(args: list[str]) -> str:
+    """``runs/<config>``; each task of a job array has a folder of its own."""
     paths = config_paths(args)
-    return f"runs/{Path(paths[0]).stem}" if paths else "runs/unnamed"
+    task = array_task()
+    return f"runs/{Path(paths[0]).stem if paths else 'unnamed'}{'' if task is None else '-' + task}"
 
 
 def with_config_of_run(args: list[str]) -> list[str]:
@@ -66,6 +69,26 @@ def refuse_a_run(folder: Path) -> None:
         saved = f"with {len(checkpoints)} checkpoints" if checkpoints else "without a checkpoint"
         remedy = "--resume goes on with it, " if checkpoints else ""
         raise UsageError(f"{folder} already holds a run ({saved}); {remedy}--run runs/OTHER starts a new one")
+
+
+def begun(folder: Path) -> bool:
+    """Whether the run in ``folder`` has a checkpoint to go on from, as ``--resume_or_start`` asks.
+
+    False as well for a run that was killed before its first one, which then starts again; it is told.
+
+    Raises:
+        UsageError: There were checkpoints, and all of them are damaged: no reason to start afresh unasked.
+    """
+    checkpoints = [p for p in (folder / "checkpoints").glob("*.ckpt*") if not p.name.startswith(".")]
+    whole = [p for p in checkpoints if p.name.endswith(".ckpt")]
+    if checkpoints and not whole:
+        raise UsageError(
+            f"the {len(checkpoints)} checkpoints of {folder} are all damaged; "
+            "start another run with --run, or remove this one's folder to start it again"
+        )
+    if not checkpoints and (folder / "metrics.csv").exists() and is_rank_zero():
+        print(f"mmssl: {folder} was stopped before its first checkpoint; it starts again from step 0", flush=True)
+    return bool(whole)
 
 
 def make_folder(folder: Path) -> None:

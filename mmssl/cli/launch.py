@@ -18,8 +18,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 
+from mmssl.cli.cluster import fit_to_job
 from mmssl.cli.folder import (
     ConfigFile,
+    begun,
     config_paths,
     default_run,
     is_rank_zero,
@@ -109,6 +111,9 @@ class Launch(LightningCLI):
 
         parser.add_argument("--run", type=str | None, default=None, help="The run's folder (default: runs/<config>).")
         parser.add_argument("--resume", action=ActionYesNo, default=False, help="Go on from its newest checkpoint.")
+        parser.add_argument(
+            "--resume_or_start", action=ActionYesNo, default=False, help="Go on if the run was begun, else start it."
+        )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -149,6 +154,8 @@ class Launch(LightningCLI):
             raise UsageError(
                 "trainer.max_steps must be given: the number of optimizer steps, at the end of the schedule"
             )
+        if fit and config.resume_or_start:
+            config.resume = config.resume or begun(self.folder)
         if config.resume and not fit:
             raise UsageError(
                 f"--resume is for mmssl fit; mmssl {self.subcommand} takes the run's newest checkpoint anyway"
@@ -164,11 +171,13 @@ class Launch(LightningCLI):
         if config.resume and 0 < config.trainer.max_steps <= step_of(Path(self.checkpoint or "")):
             print(f"mmssl: {self.folder} is at step {config.trainer.max_steps} already; it is finished", flush=True)
             raise SystemExit(0)
-        if fit and not config.resume and is_rank_zero():  # the other ranks start a little later and would see rank 0's
+        fresh = fit and not (config.resume or config.resume_or_start)
+        if fresh and is_rank_zero():  # the other ranks start a little later and would see rank 0's
             refuse_a_run(self.folder)
         if is_rank_zero():
             make_folder(self.folder)
         self._resolved = self._dumped(config)
+        fit_to_job(config.trainer, set(dict(options_of(self._args))))  # not written down: the next job may be another
         asked = {"model.tokenizer", "model.init_args.tokenizer"} & dict(options_of(self._args)).keys()
         arguments = config.model.get("init_args") or {}
         if (config.resume or not fit) and "tokenizer" in arguments and not asked:  # else the checkpoint's is compared
@@ -186,7 +195,7 @@ class Launch(LightningCLI):
         """The resolved config as a later start may read it."""
         config = config.clone()
         config.run = str(self.folder)
-        config.resume, config.ckpt_path = False, None
+        config.resume, config.resume_or_start, config.ckpt_path = False, False, None
         text: str = self._parser(self.subcommand).dump(config, skip_none=False)
         return text
 
