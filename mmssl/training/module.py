@@ -90,6 +90,7 @@ class PretrainModule(LightningModule):
         self._last_batch = -1
         self._window_total: dict[str, Tensor] = {}
         self._window_sums: dict[str, Tensor] = {}
+        self._logged = False
         self._eval_sums: dict[str, Tensor] = {}
 
     # ---- what an objective gives
@@ -175,17 +176,19 @@ class PretrainModule(LightningModule):
         sums = self.compare(self(batch), batch)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._window_total = self._count_window(batch)
-            self._window_sums = {}
+            if not self._mixed or self._logged:
+                self._window_sums, self._logged = {}, False
         # DDP and FSDP average gradients over the ranks and Lightning divides by the micro-batches; we divide
         # by the count, so both are taken back here.
         undo = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        loss = sum(
-            weight * undo * sums[name].total / self._window_total[name] for name, weight in self.loss_weights.items()
+        part = sum(
+            weight * sums[name].total / self._window_total[name]
+            for name, weight in self.loss_weights.items()
+            if name in sums  # a source of images alone has no text
         )
-        assert isinstance(loss, Tensor)
-        if self._logs_now():
-            self._add(self._window_sums, sums, torch.float32)
-        return loss
+        assert isinstance(part, Tensor)
+        self._note(batch, sums, part.detach())
+        return part * undo
 
     def _count_window(self, batch: Batch) -> dict[str, Tensor]:
         """Items of each loss over all ranks and all micro-batches of this optimizer step."""
@@ -193,7 +196,8 @@ class PretrainModule(LightningModule):
         if window is None:  # a loader of the user's own: the best that can be known is this micro-batch
             window = {name: n * self.trainer.accumulate_grad_batches for name, n in batch.counts.items()}
         # Filled on the device: a copy from the host would wait for all that the device has still to do.
-        counts = torch.stack([torch.full((), float(window[name]), device=self.device) for name in self.loss_weights])
+        items = [float(window.get(name, 0)) for name in self.loss_weights]
+        counts = torch.stack([torch.full((), n, device=self.device) for n in items])
         if self.trainer.world_size > 1:
             counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
         # No rank had an item: the total is 0 as well, and 0 / 1 gives the zero gradient it should be.
@@ -212,6 +216,7 @@ class PretrainModule(LightningModule):
         if self._logs_now():
             for name, value in self._means(self._window_sums).items():
                 self.log(f"train/{name}", value)
+            self._logged = True
             self.log("train/grad_norm", norm)
             self.log("train/lr", optimizer.param_groups[0]["lr"])
 
@@ -229,6 +234,23 @@ class PretrainModule(LightningModule):
         # global_step grows after the optimizer's step, Lightning logs when the grown number divides.
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return (self.trainer.global_step + 1) % every == 0
+
+    @property
+    def _mixed(self) -> bool:
+        """Whether there are several sources, so that one step's losses would tell of one source alone."""
+        sources = getattr(getattr(self.trainer, "datamodule", None), "train", None)
+        return isinstance(sources, dict) and len(sources) > 1
+
+    def _note(self, batch: Batch, sums: dict[str, Loss], part: Tensor) -> None:
+        """Keep for the log: one step's sums, or of several sources every step's since the last logged one."""
+        if self._mixed:
+            # All ranks' and micro-batches' parts make up the step's loss, so each counts as its share of a step.
+            share = 1 / (self.trainer.world_size * self.trainer.accumulate_grad_batches)
+            step = Loss(part, torch.full((), share, device=part.device))
+            sums = {"loss": step, **{f"{batch.source}/{name}": loss for name, loss in sums.items()}}
+        elif not self._logs_now():
+            return
+        self._add(self._window_sums, sums, torch.float32)
 
     def _check_budget(self) -> None:
         """All ranks together: stop on all of them if too many samples were bad."""
@@ -248,8 +270,9 @@ class PretrainModule(LightningModule):
         if self.trainer.world_size > 1:
             packed = self.trainer.strategy.reduce(packed, reduce_op="sum")
         means = dict(zip(sums, packed[:, 0] / packed[:, 1], strict=True))
-        loss = torch.stack([weight * means[name] for name, weight in self.loss_weights.items()]).sum()
-        return {"loss": loss, **{_metric_name(name, self.loss_weights): value for name, value in means.items()}}
+        if "loss" not in means:
+            means["loss"] = torch.stack([weight * means[name] for name, weight in self.loss_weights.items()]).sum()
+        return {_metric_name(name, self.loss_weights): value for name, value in means.items()}
 
     def on_validation_epoch_start(self) -> None:
         self._eval_sums = {}
@@ -335,7 +358,8 @@ class PretrainModule(LightningModule):
 
 
 def _metric_name(name: str, weights: dict[str, float]) -> str:
-    return f"loss_{name}" if name in weights else name
+    source, slash, part = name.rpartition("/")
+    return f"{source}{slash}loss_{part}" if part in weights else name
 
 
 def split_by_sample(

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from odd import DECODER
+from pairs import TINY, caption
 from server import FileServer
 from toy_stream import ToyImage, ToyText, jpeg, number, write_shards
 from webdataset import TarWriter
 
+import mmssl
 from mmssl.data import datamodule, loader
 from mmssl.data.datamodule import DataModule
 from mmssl.data.tar import ShardError
@@ -119,6 +122,46 @@ def test_mixture(tmp_path: Path) -> None:
     module = Recorder()
     trainer(tmp_path, max_steps=40).fit(module, DataModule(sources, batch_size=4, num_workers=0))  # type: ignore[arg-type]
     assert sum(keys[0].rpartition("/")[2].startswith("a") for _, keys, _ in module.seen) == 30
+
+
+def test_pairs_images_alone_and_texts_alone_in_one_run(tmp_path: Path, pair_shards: str, tokenizer_path: str) -> None:
+    """Every source trains what it has; the same shards without ``only`` are refused, with what to set."""
+    pictures = write_shards(tmp_path / "pictures", 16, pictures=True)
+    with TarWriter(str(tmp_path / "texts.tar")) as writer:
+        for i in range(16):
+            writer.write({"__key__": f"{i}", "txt": caption(i)})
+    sources: dict[str, Any] = {
+        "pairs": {"shards": pair_shards},
+        "pictures": {"shards": pictures, "only": "image"},  # that there are texts as well does not matter
+        "texts": {"shards": str(tmp_path / "texts.tar"), "only": "text"},
+    }
+    module = mmssl.MMM(tokenizer_path, "vit_tiny_patch16_224", TINY, max_tokens=32, **DECODER)  # type: ignore[arg-type]
+    held: dict[str, set[tuple[bool, bool]]] = {name: set() for name in sources}
+    step = module.training_step
+
+    def noted(batch: Batch, batch_idx: int) -> torch.Tensor:
+        held[batch.source].add((batch.image is not None, batch.text is not None))
+        return step(batch, batch_idx)
+
+    module.training_step = noted  # type: ignore[method-assign]
+    run = trainer(tmp_path, max_steps=9, log_every_n_steps=3)
+    run.fit(module, DataModule(sources, batch_size=4, num_workers=0))
+    assert held == {"pairs": {(True, True)}, "pictures": {(True, False)}, "texts": {(False, True)}}
+    names = {name for name in run.logged_metrics if name.startswith("train/") and "loss" in name}
+    assert names == {
+        "train/loss",
+        *(f"train/{source}/loss_{part}" for source, part in (("pairs", "text"), ("pairs", "image"))),
+        "train/pictures/loss_image",
+        "train/texts/loss_text",
+    }
+    assert all(torch.isfinite(value) for value in run.logged_metrics.values())
+    del sources["texts"]["only"]
+    with pytest.raises(ShardError, match=r"has no image .*MMM needs image and text .*give the source only: text"):
+        trainer(tmp_path, max_steps=1).fit(module, DataModule(sources, batch_size=4, num_workers=0))
+    with pytest.raises(ValueError, match="source 'pairs' has only: image, but Recorder needs text"):
+        trainer(tmp_path, max_steps=1).fit(
+            Recorder(), DataModule({"pairs": {"shards": pair_shards, "only": "image"}}, batch_size=4, num_workers=0)
+        )
 
 
 def test_bad_samples_are_listed_in_the_runs_folder(tmp_path: Path) -> None:
@@ -300,6 +343,7 @@ def test_shards_must_hold_what_the_objective_needs(tmp_path: Path, texts: str) -
         ({"train": {}}, "train names no source"),
         ({"train": {"a": {"shard": "x"}}}, "source 'a' has"),
         ({"train": {"a": {"shards": "x", "weight": 0.0}}}, "source 'a' has weight 0"),
+        ({"train": {"a": {"shards": "x", "only": "sound"}}}, "source 'a' has only: sound; give image or text"),
     ],
 )
 def test_constructor_refuses(options: dict[str, Any], message: str) -> None:
@@ -366,7 +410,7 @@ def test_too_many_bad_samples_stop_all_ranks_at_one_step(tmp_path: Path, tokeniz
     (tmp_path / "run.py").write_text(f"""
 import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parent.parent)!r}]
 from test_datamodule import *
-from pairs import TINY
+from pairs import TINY, caption
 import mmssl
 from mmssl.data.budget import TooManyBadSamples
 module = mmssl.MLM({tokenizer_path!r}, "vit_tiny_patch16_224", TINY, max_tokens=32)
