@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -31,9 +32,11 @@ from mmssl.cli.folder import (
     with_config_of_run,
 )
 from mmssl.cli.keys import Checker, UsageError, one_line, read_yaml
+from mmssl.cli.resume import changes_since, with_changes
 from mmssl.training.callbacks.predictions import Predictions
 from mmssl.training.callbacks.progress import Lines
 from mmssl.training.callbacks.throughput import Throughput
+from mmssl.training.changed import Change, Changed
 from mmssl.training.checkpoint import AtomicCheckpointIO, Checkpoints, latest_checkpoint, step_of
 from mmssl.training.loggers import MetricsFile, Wandb
 from mmssl.training.preemption import Preemption
@@ -77,6 +80,7 @@ class Launch(LightningCLI):
 
         self._args = args
         self._state = state
+        self._changes: list[Change] = []
         self._configs = [(path, read_yaml(path)) for path in config_paths(args)]
         own_data = self._names_a_data_class()
         super().__init__(
@@ -174,9 +178,11 @@ class Launch(LightningCLI):
         fresh = fit and not (config.resume or config.resume_or_start)
         if fresh and is_rank_zero():  # the other ranks start a little later and would see rank 0's
             refuse_a_run(self.folder)
+        self._resolved = self._dumped(config)
+        if fit and self.checkpoint is not None:
+            self._changes = changes_since(Path(self.checkpoint).parent.parent, self._resolved)
         if is_rank_zero():
             make_folder(self.folder)
-        self._resolved = self._dumped(config)
         fit_to_job(config.trainer, set(dict(options_of(self._args))))  # not written down: the next job may be another
         asked = {"model.tokenizer", "model.init_args.tokenizer"} & dict(options_of(self._args)).keys()
         arguments = config.model.get("init_args") or {}
@@ -190,6 +196,7 @@ class Launch(LightningCLI):
 
             for name, value in without_source(self.checkpoint).items():
                 arguments[name] = value
+            with_changes(arguments, self._changes)
 
     def _dumped(self, config: Any) -> str:
         """The resolved config as a later start may read it."""
@@ -214,7 +221,9 @@ class Launch(LightningCLI):
             first.append(Lines())
         last: list[Callback] = [_Started(self._state)]
         if fit and not config["fast_dev_run"]:
+            config_now, record = yaml.safe_load(self._resolved), self.folder / "changes.jsonl"
             last += [ConfigFile(self.folder, self._resolved), TokenizerFile(self.folder)]
+            last += [Changed(self._changes, config_now, record)]
         if self.subcommand == "predict" and not any(isinstance(c, Predictions) for c in own):
             last.append(Predictions())
         for checkpoints in callbacks:

@@ -1,0 +1,250 @@
+"""A config that changed between two starts of a run: every changed key is applied and told, or refused.
+
+The config that the run last trained with stands in ``<run>/config.yaml``.  What is applied takes effect because the
+part that it belongs to is built anew from the config at every start; optimizer and schedule, which a checkpoint would
+set back, are handled by :class:`mmssl.training.changed.Changed`.
+"""
+
+import inspect
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import lightning.pytorch as pl
+import yaml
+
+from mmssl.backbone import Backbone
+from mmssl.cli.keys import UsageError, read_yaml
+from mmssl.data.datamodule import DataModule
+from mmssl.data.order import choose_lanes
+from mmssl.data.tokenizer import TextTokenizer
+from mmssl.training.changed import Change, shown
+from mmssl.training.checkpoint import Checkpoints
+from mmssl.training.module import PretrainModule
+from mmssl.training.tokenizer_file import tokenizer_of_run
+
+
+class Rule(NamedTuple):
+    """What a change of the keys that fit ``pattern`` means: for "applied" how, for "refused" why."""
+
+    pattern: str
+    verdict: Literal["applied", "refused", "nothing"]
+    why: str
+
+
+_SHAPE = "the checkpoint's weights belong to this network"
+_ORDER = "it decides which samples come next, and some would be repeated and left out"
+_RANDOM = "the checkpoint holds the state of the random generators"
+
+# The first that fits counts.  Paths are those of config.yaml, without "model.init_args." and "data.init_args.".
+TRAINING = (
+    Rule("lr", "applied", "peak rate; the schedule stays at its place"),
+    Rule("weight_decay", "applied", "in the optimizer"),
+    Rule("betas", "applied", "in the optimizer; its averages go on"),
+    Rule("eps", "applied", "in the optimizer"),
+    Rule("warmup_steps", "applied", "the schedule is the new one from its step 0"),
+    Rule("min_lr_ratio", "applied", "the schedule is the new one from its step 0"),
+    Rule("clip_grad_norm", "applied", "at every step"),
+    Rule("compile_blocks", "applied", "when the model is built"),
+)
+MODEL = (
+    *TRAINING,
+    Rule("backbone_options.drop_path_rate", "applied", "when the model is built"),
+    Rule("backbone_options.grad_checkpointing", "applied", "when the model is built"),
+    Rule("*mask_ratio", "applied", "in the loader; a moving ratio follows its new line"),
+    Rule("*masking", "applied", "in the loader"),
+    Rule("*_weight", "applied", "in the loss; its values do not compare with the earlier ones"),
+    Rule("norm_pix_loss", "applied", "in the loss; its values do not compare with the earlier ones"),
+    Rule("crop_scale", "applied", "in the loader"),
+    Rule("flip", "applied", "in the loader"),
+    Rule("pad_to_multiple_of", "applied", "in the loader"),
+    Rule("mixup", "applied", "in every step"),
+    Rule("cutmix", "applied", "in every step"),
+    Rule("label_smoothing", "applied", "in the loss; its values do not compare with the earlier ones"),
+    Rule("label_key", "applied", "in the loader"),
+    Rule("layer_decay", "applied", "in the optimizer's rates"),
+    Rule("drop_path_rate", "applied", "when the model is built"),
+    Rule("init_from", "refused", "the weights come from the checkpoint, so it would be without effect"),
+    Rule("backbone_weights", "refused", "the weights come from the checkpoint, so it would be without effect"),
+    Rule("backbone*", "refused", _SHAPE),
+    Rule("decoder_*", "refused", _SHAPE),
+    Rule("vocab_size", "refused", _SHAPE),
+    Rule("max_tokens", "refused", "the checkpoint has positions for texts of the old length"),
+    Rule("img_size", "refused", _SHAPE),
+    Rule("num_classes", "refused", _SHAPE),
+    Rule("pool", "refused", _SHAPE),
+    Rule("head_norm", "refused", _SHAPE),
+    Rule("mode", "refused", "the optimizer's state belongs to the parameters that were trained"),
+    Rule("frozen_layers", "refused", "the optimizer's state belongs to the parameters that were trained"),
+)
+DATA = (
+    Rule("train", "applied", "if these are the same samples; else the checkpoint is refused when it is loaded"),
+    Rule("train.*", "applied", "if these are the same samples; else the checkpoint is refused when it is loaded"),
+    Rule("val", "applied", "val/ numbers do not compare with the earlier ones"),
+    Rule("val.*", "applied", "val/ numbers do not compare with the earlier ones"),
+    Rule("val_samples", "applied", "val/ numbers do not compare with the earlier ones"),
+    Rule("batch_size", "refused", _ORDER),
+    Rule("lanes", "refused", _ORDER),
+    Rule("seed", "refused", _ORDER),
+    Rule("*", "applied", "when the loader is built"),
+)
+REST = (
+    Rule("model.class_path", "refused", _SHAPE),
+    Rule("data.class_path", "refused", _ORDER),
+    Rule("seed_everything", "refused", f"{_RANDOM}, so it would be without effect"),
+    Rule("trainer.accumulate_grad_batches", "refused", "the checkpoint's count of batches would not fit the windows"),
+    Rule("trainer.max_steps", "applied", "the schedule ends there"),
+    Rule("trainer.precision", "applied", "weights and optimizer state are kept"),
+    Rule("trainer.strategy*", "applied", "the same samples; sums may differ in the last digits"),
+    Rule("trainer.devices", "applied", "the same samples; sums may differ in the last digits"),
+    Rule("trainer.num_nodes", "applied", "the same samples; sums may differ in the last digits"),
+    Rule("trainer.accelerator", "applied", "the same samples; sums may differ in the last digits"),
+    Rule("trainer.*", "applied", "by the Trainer, from now on"),
+    Rule("checkpoint.*", "applied", "from the next checkpoint on"),
+    Rule("run", "nothing", ""),
+    Rule("resume*", "nothing", ""),
+    Rule("ckpt_path", "nothing", ""),
+    Rule("weights_only", "nothing", ""),
+    Rule("dry_run", "nothing", ""),
+    Rule("config", "nothing", ""),
+)
+
+
+def changes_since(folder: Path, text: str) -> list[Change]:
+    """What the config ``text`` does differently from the one that the run in ``folder`` last trained with.
+
+    Empty, too, if the folder has no config.yaml to compare with.
+
+    Raises:
+        UsageError: for the first changed key that cannot change in mid-run.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return []
+    before, now = read_yaml(str(path)), yaml.safe_load(text)
+    old, new = dict(_flat(before)), dict(_flat(now))
+    changes = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        was, is_now = old.get(key), new.get(key)
+        if was == is_now or (key not in old and _is_default(key, is_now, now)) or _of_a_new_class(key, old, new):
+            continue
+        rule = _rule(key, now)
+        if rule.verdict == "nothing" or _same_meaning(key, was, is_now, now, folder):
+            continue
+        if rule.verdict == "refused":
+            raise UsageError(
+                f"{_name(key)} was {shown(was)} when this run last trained, now {shown(is_now)}: {rule.why}; "
+                f"set it back to {shown(was)} to go on, or begin a new run{_remedy(key, folder)}"
+            )
+        changes.append(Change(_name(key), was, is_now, rule.why))
+    return changes
+
+
+def with_changes(arguments: dict[str, Any], changes: list[Change]) -> None:
+    """Put changed options of the backbone into the arguments of a classifier, whose shape comes from its checkpoint."""
+    for change in changes:
+        name = change.key.rpartition(".")[2]
+        if name in ("drop_path_rate", "grad_checkpointing") and change.key.startswith("model."):
+            arguments["backbone_options"][name] = change.new or type(change.old)()
+
+
+def _of_a_new_class(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether ``key`` is an argument of a class in a list, such as a callback, that came or went as a whole."""
+    head, bracket, rest = key.rpartition("].")
+    return bool(bracket) and rest != "class_path" and ((f"{head}].class_path" in old) != (f"{head}].class_path" in new))
+
+
+def _remedy(key: str, folder: Path) -> str:
+    return f" with --model.init_args.init_from {folder}" if key.startswith("model.") else " with --run runs/OTHER"
+
+
+def _rule(key: str, config: dict[str, Any]) -> Rule:
+    section, _, name = key.partition(".init_args.")
+    if section == "model" and name:
+        cls = _class(config["model"]["class_path"])
+        ours = cls.__module__.split(".")[0] == "mmssl"
+        rules = MODEL if ours else TRAINING if issubclass(cls, PretrainModule) else ()
+        named = (name,) if ours else (name.partition(".")[0],)
+        own = Rule("*", "applied", f"as far as {cls.__name__} reads it from the config and not from the checkpoint")
+        if name == "tokenizer":
+            return Rule(name, "refused", "the weights know its words by number")
+        if cls.__name__ == "TextClassifier" and name == "max_tokens":
+            return Rule(name, "applied", "in the loader")
+        return next((r for r in rules for n in named if fnmatchcase(n, r.pattern)), own)
+    own_data = "class_path" in config.get("data", {})
+    if own_data and section == "data" and name:
+        own = Rule("*", "applied", "as far as the data class reads it from the config and not from the checkpoint")
+        return own if _class(config["data"]["class_path"]) is not DataModule else _first(DATA, name)
+    if key.startswith("data.") and not own_data:
+        return _first(DATA, key.removeprefix("data."))
+    return _first((*REST, Rule("*", "applied", "from now on")), key)
+
+
+def _first(rules: tuple[Rule, ...], name: str) -> Rule:
+    return next(rule for rule in rules if fnmatchcase(name, rule.pattern))
+
+
+def _same_meaning(key: str, was: Any, now: Any, config: dict[str, Any], folder: Path) -> bool:
+    """Whether two different values say the same."""
+    name = key.split(".")[-1]
+    if key in ("data.lanes", "data.init_args.lanes"):
+        data = config["data"].get("init_args", config["data"])
+        size = data["batch_size"]
+        return choose_lanes(size, was) == choose_lanes(size, now)
+    if key == "model.init_args.tokenizer" and now is not None:
+        kept = tokenizer_of_run(folder, None)
+        if kept is None:
+            return True  # the checkpoint's digest decides
+        return TextTokenizer(now).to_json() == Path(kept).read_text(encoding="utf-8")
+    if key.startswith("model.init_args.backbone_options."):  # what is left out has its default
+        parameter = inspect.signature(Backbone.__init__).parameters.get(name)
+        default = None if parameter is None else parameter.default
+        return (default if was is None else was) == (default if now is None else now)
+    return name == "class_path" and was is not None and now is not None and _class(was) is _class(now)
+
+
+# ---- the configs as flat keys
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of everything in a config; classes in a list under their name instead of their number."""
+    if isinstance(value, dict) and value:
+        for name, part in value.items():
+            yield from _flat(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and value and all(isinstance(v, dict) and "class_path" in v for v in value):
+        for i, part in enumerate(value):
+            name = part["class_path"].rpartition(".")[2]
+            twins = [v for v in value[:i] if v["class_path"].rpartition(".")[2] == name]
+            yield from _flat(part, f"{key}[{name}{len(twins) + 1 if twins else ''}]")
+    elif isinstance(value, dict):
+        yield key, None  # {} and null: nothing is set
+    else:
+        yield key, value
+
+
+def _name(key: str) -> str:
+    return key.removesuffix(".class_path") if "[" in key else key
+
+
+def _is_default(key: str, value: Any, config: dict[str, Any]) -> bool:
+    """Whether a key that the older config lacks has its default: another mmssl wrote that config."""
+    section, _, name = key.partition(".init_args.")
+    if section in ("model", "data") and name:
+        cls = _class(config[section]["class_path"])
+    else:
+        section, _, name = key.partition(".")
+        cls = {"trainer": pl.Trainer, "data": DataModule, "checkpoint": Checkpoints}.get(section, object)
+    for base in cls.__mro__:
+        parameter = inspect.signature(base.__init__).parameters.get(name) if "__init__" in vars(base) else None
+        if parameter is not None:
+            default = parameter.default
+            return (list(default) if isinstance(default, tuple) else default) == value
+    return value is None
+
+
+def _class(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    cls: type = getattr(import_module(module), name)
+    return cls
