@@ -163,13 +163,19 @@ class PretrainModule(LightningModule):
             return 1
         return max(1, self.trainer.max_steps) * self.trainer.accumulate_grad_batches
 
+    @property
+    def leaves_unused(self) -> bool:
+        """Whether a step may leave some parameters without a gradient, on all ranks the same ones."""
+        sources = getattr(getattr(self.trainer, "datamodule", None), "train", None) if self._trainer else None
+        return isinstance(sources, dict) and any("only" in source for source in sources.values())
+
     # ---- one step
 
     def configure_model(self) -> None:
         if self.compile_blocks:
             self.network.backbone.compile_blocks()  # type: ignore[operator, union-attr]
             self.compile_blocks = False  # configure_model is called again for every fit, validate, …
-        distribute(self, self.network)  # outside of what is compiled and recomputed
+        distribute(self, self.network, self.leaves_unused)  # outside of what is compiled and recomputed
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._last_batch = batch.index

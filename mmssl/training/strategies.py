@@ -68,6 +68,10 @@ class FSDP(ModelParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
         _check_sharded(self.lightning_module)
+        # Parameters that were gathered in inference mode cannot be trained on afterwards.
+        trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
         super().setup(trainer)
 
     def shard(self, network: nn.Module) -> None:
@@ -95,7 +99,9 @@ class FSDP(ModelParallelStrategy):
             param_dtype_override_fn=(lambda p: p.dtype if p.ndim < 2 else None) if gathered else None,
         )
         options: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"], "mp_policy": policy}
-        _begin_alike(network, self.root_device)
+        if self.world_size > 1:
+            _begin_alike(network, self.root_device)
+            _keep_buffers_alike(network)
         for block in blocks_of(network):
             fully_shard(block, reshard_after_forward=self.reshard_after_forward, **options)
         fully_shard(network, **options)
@@ -116,8 +122,11 @@ class FSDP(ModelParallelStrategy):
                 part.set_requires_gradient_sync(on, recurse=False)
 
 
-def distribute(module: LightningModule, network: nn.Module) -> None:
+def distribute(module: LightningModule, network: nn.Module, leaves_unused: bool) -> None:
     """What the strategy of the module's Trainer needs of it before its optimizer is made.
+
+    Args:
+        leaves_unused: whether there are steps in which some parameters get no gradient, on all ranks the same ones.
 
     Raises:
         ValueError: a strategy that would train something else without a word.
@@ -136,8 +145,16 @@ def distribute(module: LightningModule, network: nn.Module) -> None:
             raise ValueError(
                 "trainer.strategy has static_graph: true, which can leave the ranks' weights apart; leave it out"
             )
+        # DDP is made later, with these arguments.
+        if leaves_unused and not strategy._ddp_kwargs.setdefault("find_unused_parameters", True):
+            raise ValueError(
+                "trainer.strategy has find_unused_parameters: false, but sources of images or texts alone leave "
+                "parameters without a gradient, for which DDP would wait; leave it out"
+            )
         # DDP would send all buffers from rank 0 before every forward.  Those that are constants need no sending.
-        module._ddp_params_and_buffers_to_ignore = _constants(module)  # type: ignore[assignment]
+        saved = module.state_dict(keep_vars=True).keys()
+        constants = [name for name, _ in module.named_buffers() if name not in saved]
+        module._ddp_params_and_buffers_to_ignore = constants  # type: ignore[assignment]
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
@@ -164,8 +181,6 @@ def _check_sharded(module: LightningModule) -> None:
 
 def _begin_alike(network: nn.Module, device: torch.device) -> None:
     """Rank 0's parameters and buffers for all, as DDP does it: sharding puts together what each rank has."""
-    if torch.distributed.get_world_size() == 1:
-        return
     for tensor in [*network.parameters(), *network.buffers()]:
         if not tensor.is_meta:
             sent = tensor.detach().to(device)
@@ -173,7 +188,13 @@ def _begin_alike(network: nn.Module, device: torch.device) -> None:
             tensor.data.copy_(sent)
 
 
-def _constants(module: nn.Module) -> list[str]:
-    """Names of the buffers that no checkpoint holds."""
-    saved = module.state_dict(keep_vars=True).keys()
-    return [name for name, _ in module.named_buffers() if name not in saved]
+def _keep_buffers_alike(network: nn.Module) -> None:
+    """What the ranks count apart (a BatchNorm's averages) is rank 0's for all before every forward, as under DDP."""
+    names = [name for name, _ in network.named_buffers() if name in network.state_dict(keep_vars=True)]
+
+    def share(module: nn.Module, _: Any) -> None:
+        for name in names:
+            torch.distributed.broadcast(module.get_buffer(name), 0)
+
+    if names:
+        network.register_forward_pre_hook(share)
