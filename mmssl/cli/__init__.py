@@ -42,6 +42,7 @@ COMMANDS = {
     "predict": Command("write a run's guesses to its folder: mmssl predict --run runs/NAME"),
     "export": Command("write a backbone for timm and load_backbone: mmssl export RUN --out DIR", "mmssl.export:export"),
     "report": Command("print and save what a run has learnt: mmssl report runs/NAME", "mmssl.report:report"),
+    "env": Command("what a run stands on: versions, GPUs, SLURM and NCCL variables", "mmssl.cli.environment:show"),
     "tokenizer train": Command("train a tokenizer on text", "mmssl.data.tokenizer:train_from_shards"),
     "shards index": Command("index tar shards before training", "mmssl.cli.shards:index"),
     "shards check": Command("read all of tar shards and report what is bad", "mmssl.cli.shards:check"),

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +33,7 @@ from mmssl.cli.folder import (
     with_config_of_run,
 )
 from mmssl.cli.keys import Checker, UsageError, one_line, read_yaml
+from mmssl.cli.lock import locked
 from mmssl.cli.resume import changes_since, with_changes
 from mmssl.training.callbacks.predictions import Predictions
 from mmssl.training.callbacks.progress import Lines
@@ -61,7 +63,8 @@ def launch(args: list[str], state: dict[str, bool]) -> None:
     _quiet()
     sys.path.append(os.getcwd())  # so that a config can name a class of one's own beside it; last, to shadow nothing
     args = with_config_of_run(args)
-    Launch(args, state)
+    with ExitStack() as at_end:
+        Launch(args, state, at_end)
 
 
 class Parser(LightningArgumentParser):
@@ -75,11 +78,11 @@ class Parser(LightningArgumentParser):
 class Launch(LightningCLI):
     """One run of one subcommand."""
 
-    def __init__(self, args: list[str], state: dict[str, bool]) -> None:
+    def __init__(self, args: list[str], state: dict[str, bool], at_end: ExitStack) -> None:
         from mmssl.data.datamodule import DataModule
 
         self._args = args
-        self._state = state
+        self._state, self._at_end = state, at_end
         self._changes: list[Change] = []
         self._configs = [(path, read_yaml(path)) for path in config_paths(args)]
         own_data = self._names_a_data_class()
@@ -158,14 +161,17 @@ class Launch(LightningCLI):
             raise UsageError(
                 "trainer.max_steps must be given: the number of optimizer steps, at the end of the schedule"
             )
-        if fit and config.resume_or_start:
-            config.resume = config.resume or begun(self.folder)
         if config.resume and not fit:
             raise UsageError(
                 f"--resume is for mmssl fit; mmssl {self.subcommand} takes the run's newest checkpoint anyway"
             )
-        if config.resume and self.checkpoint:
+        if (config.resume or config.resume_or_start) and self.checkpoint:
             raise UsageError("give --resume or --ckpt_path, not both")
+        if fit and is_rank_zero() and (self.folder.is_dir() or not config.resume):
+            make_folder(self.folder)
+            self._at_end.enter_context(locked(self.folder))
+        if config.resume_or_start:
+            config.resume = fit and begun(self.folder)
         if config.resume or (not fit and self.checkpoint is None):
             if not self.folder.is_dir():
                 raise UsageError(f"there is no run at {self.folder}; give its folder with --run")
@@ -173,7 +179,8 @@ class Launch(LightningCLI):
         if self.checkpoint is not None and not Path(self.checkpoint).is_file():
             raise UsageError(f"there is no checkpoint {self.checkpoint}")
         if config.resume and 0 < config.trainer.max_steps <= step_of(Path(self.checkpoint or "")):
-            print(f"mmssl: {self.folder} is at step {config.trainer.max_steps} already; it is finished", flush=True)
+            if is_rank_zero():
+                print(f"mmssl: {self.folder} is at step {config.trainer.max_steps} already; it is finished", flush=True)
             raise SystemExit(0)
         fresh = fit and not (config.resume or config.resume_or_start)
         if fresh and is_rank_zero():  # the other ranks start a little later and would see rank 0's
@@ -181,7 +188,7 @@ class Launch(LightningCLI):
         self._resolved = self._dumped(config)
         if fit and self.checkpoint is not None:
             self._changes = changes_since(Path(self.checkpoint).parent.parent, self._resolved)
-        if is_rank_zero():
+        if is_rank_zero() and not fit:
             make_folder(self.folder)
         fit_to_job(config.trainer, set(dict(options_of(self._args))))  # not written down: the next job may be another
         asked = {"model.tokenizer", "model.init_args.tokenizer"} & dict(options_of(self._args)).keys()

@@ -1,0 +1,188 @@
+"""One run's folder, one writer: ``lock`` in the folder says which process trains there, and on which machine.
+
+Two jobs that write one folder at once would prune each other's checkpoints and mix their logs.  A lock whose owner is
+dead is taken over, for a job that is requeued after a crash must go on without a person.  Whether the owner is dead is
+asked, in this order, of this machine's processes, of SLURM, and of the lock itself, which a living owner touches.
+"""
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmssl.cli.keys import UsageError
+
+TOUCH_SECONDS = 10.0
+DEAD_SECONDS = 90.0  # longer than a network file system may show an old time
+
+
+@contextmanager
+def locked(folder: Path, say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold ``folder/lock`` while the body runs; the folder must exist.
+
+    Args:
+        folder: the run's.
+        say: gets a line when a dead owner's lock is taken over or watched; default: standard output.
+
+    Raises:
+        UsageError: Another process trains there.
+    """
+    path, mine = folder / "lock", _me()
+    _take(path, mine, say or (lambda line: print(line, flush=True)))
+    ended = threading.Event()
+    thread = threading.Thread(target=_touch, args=(path, ended), name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        if _read(path) == mine:
+            path.unlink(missing_ok=True)
+
+
+def _me() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process": _process(os.getpid()),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "step": os.environ.get("SLURM_STEP_ID"),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "id": secrets.token_hex(8),
+    }
+
+
+def _take(path: Path, mine: dict[str, Any], say: Callable[[str], None]) -> None:
+    while not _create(path, mine):
+        owner = _read(path)
+        if owner is None:  # it went between the two looks
+            continue
+        alive = _is_alive(owner, mine)
+        if alive is None:
+            say(
+                f"mmssl: {path} belongs to {_name(owner)}, of which nothing is known here; "
+                f"it counts as dead after {DEAD_SECONDS:.0f} s without a sign of life"
+            )
+            alive = _gives_a_sign(path)
+        if alive:
+            raise UsageError(
+                f"{path.parent} is being trained by {_name(owner)} since {owner['since']}; "
+                "wait until it has ended, or give another folder with --run"
+            )
+        if _take_over(path, owner, mine):
+            say(f"mmssl: {path} belonged to {_name(owner)}, which is dead; this process goes on")
+            return
+
+
+def _create(path: Path, mine: dict[str, Any]) -> bool:
+    """Make the lock with its content, or say that there is one."""
+    whole = path.with_name(f".lock.{mine['id']}")
+    whole.write_text(json.dumps(mine))
+    try:
+        os.link(whole, path)  # atomic, on network file systems too: the lock is never seen half written
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        try:
+            with open(path, "x") as file:
+                file.write(json.dumps(mine))
+        except FileExistsError:
+            return False
+    finally:
+        whole.unlink()
+    return True
+
+
+def _take_over(path: Path, owner: dict[str, Any], mine: dict[str, Any]) -> bool:
+    """Replace a dead owner's lock; False if somebody else was faster."""
+    claim = path.with_name(f".lock.{owner['id']}.claim")  # one for each dead owner, so one process alone gets it
+    if not _create(claim, mine):
+        holder = _read(claim)
+        if holder is not None and _is_alive(holder, mine) is False:
+            claim.unlink(missing_ok=True)  # it died as well, in the moment between
+        time.sleep(0.2)
+        return False
+    try:
+        if _read(path) != owner:
+            return False
+        path.unlink()
+        return _create(path, mine)
+    finally:
+        claim.unlink(missing_ok=True)
+
+
+def _is_alive(owner: dict[str, Any], mine: dict[str, Any]) -> bool | None:
+    """Whether the owner lives; None when nobody here knows."""
+    if owner["process"] and mine["process"] and owner["process"][:2] == mine["process"][:2]:
+        return owner["process"] == _process(owner["pid"])
+    if owner["job"] is None:
+        return None
+    if owner["job"] == mine["job"]:  # an earlier start of this job, unless it is another step of this one
+        return False if owner["step"] == mine["step"] else None
+    try:
+        asked = subprocess.run(
+            ["squeue", "-h", "-j", owner["job"], "-o", "%T"], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if asked.returncode == 0:
+        return asked.stdout.split()[:1] in (["RUNNING"], ["SUSPENDED"], ["STOPPED"])
+    return False if "Invalid job id" in asked.stderr else None  # SLURM has forgotten it, or does not answer
+
+
+def _process(pid: int) -> list[str] | None:
+    """What tells a process from any other: [boot, pid namespace, start time]; None if it is gone or /proc is."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return [boot, os.readlink("/proc/self/ns/pid"), stat[19]] if stat[0] != "Z" else None
+    except OSError:
+        return None
+
+
+def _gives_a_sign(path: Path) -> bool:
+    """Whether somebody touches or removes the lock within the time after which its owner counts as dead."""
+    before, deadline = _touched(path), time.monotonic() + DEAD_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, DEAD_SECONDS / 10))
+        if _touched(path) != before:
+            return path.exists()
+    return False
+
+
+def _touch(path: Path, ended: threading.Event) -> None:
+    while not ended.wait(TOUCH_SECONDS):
+        try:
+            os.utime(path)
+        except OSError:
+            continue  # a file system that stumbles does not stop a run
+
+
+def _touched(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        content = {}
+    return {"host": "?", "pid": 0, "process": None, "job": None, "step": None, "since": "?", "id": "damaged", **content}
+
+
+def _name(owner: dict[str, Any]) -> str:
+    job = f"SLURM job {owner['job']}, " if owner["job"] else ""
+    return f"{job}process {owner['pid']} on {owner['host']}"
