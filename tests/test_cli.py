@@ -67,7 +67,7 @@ def test_a_run_and_its_folder(toy_folder: Path, capsys):
     assert "from step 20 to step 25" in capsys.readouterr().out
     assert (run / "config.1.yaml").read_text() != (run / "config.yaml").read_text()
     rows = (run / "metrics.csv").read_text().splitlines()[1:]
-    assert [int(row.split(",")[0]) for row in rows] == [4, 9, 14, 19, 24]
+    assert [int(row.split(",")[0]) for row in rows] == [5, 10, 15, 20, 25]  # as in the progress lines and the checkpoints' names
 
 
 @pytest.mark.parametrize("run", ["runs/v0.1", "./runs/x", "../w2/runs/x2"])

@@ -257,8 +257,8 @@ def test_metrics_of_a_run(trained: Path) -> None:
     expected |= {f"speed/{name}" for name in ("samples_per_second", "step_seconds", "data_wait_seconds")}
     expected |= {"speed/data_wait_share", "speed/text_tokens_per_second", "step"}
     assert expected <= set(rows[0])
-    assert [int(row["step"]) for row in rows if row["train/loss"]] == [1, 3]
-    assert [int(row["step"]) for row in rows if row["train/lr"]] == [1, 3]
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == [2, 4]
+    assert [int(row["step"]) for row in rows if row["train/lr"]] == [2, 4]
     assert sum(bool(row["val/loss"]) for row in rows) == 2
     for row in rows:
         for stage in ("train", "val"):

