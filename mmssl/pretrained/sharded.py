@@ -2,13 +2,17 @@
 
 Such a folder holds the ranks' tensors in ``*.distcp`` and a pickled table of contents in ``.metadata``, which torch's
 own reader unpickles without asking what is in it.  Here only the classes of such a table are let through.  What
-Lightning keeps beside (hyperparameters, loop states) is in ``meta.pt``.
+Lightning keeps beside (hyperparameters, loop states) is in ``meta.pt``; in a folder of mmssl's own it also says where
+each tensor belongs in a checkpoint, and ``checksums.json`` holds the size and the CRC-32 of every other file.
 """
 
 import io
+import json
 import pickle
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from mmssl.pretrained.whole import CheckpointError, first_line
 
-TABLE = ".metadata"
+TABLE, META, CHECKSUMS = ".metadata", "meta.pt", "checksums.json"
+PLACES = "tensor_places"  # in META: of every tensor's name in TABLE, the keys that lead to it in the checkpoint
 _PLAIN = {"collections": {"OrderedDict"}, "pathlib": {"Path", "PosixPath", "PurePosixPath", "PurePath"}}
 _TORCH = {
     "torch": {"Size", "device"},
@@ -49,8 +54,8 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
 
 
-class _Reader(dcp.FileSystemReader):
-    """torch's reader with a table of contents that was read already."""
+class TableReader(dcp.FileSystemReader):
+    """torch's reader with a table of contents that was read already, by :func:`read_table`."""
 
     def __init__(self, folder: Path, table: Metadata) -> None:
         super().__init__(folder)
@@ -69,27 +74,40 @@ class ShardedTensors(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._table = read_table(folder)
-        if damage := _damage(folder, self._table):
+        if damage := damage_of_sharded(folder):
             raise CheckpointError(f"cannot load {folder}: {damage}; name another checkpoint")
-        entries = self._table.state_dict_metadata.items()
-        self._entries = {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+        self.table = read_table(folder)
+        entries = self.table.state_dict_metadata.items()
+        self.entries = {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self._entries[name]
+        entry = self.entries[name]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        try:
-            with warnings.catch_warnings(action="ignore", category=UserWarning):  # that this is one process
-                dcp.load({name: tensor}, storage_reader=_Reader(self._folder, self._table), no_dist=True)
-        except (dcp.api.CheckpointException, RuntimeError, OSError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"cannot load {name} of {self._folder}: {first_line(error)}") from error
+        load_into({name: tensor}, TableReader(self._folder, self.table), self._folder)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
+
+
+def load_into(targets: dict[str, Tensor], reader: dcp.StorageReader, path: Path) -> None:
+    """Fill ``targets``, by name, with what ``reader`` finds for them; of a sharded one, this rank's part.
+
+    Every rank reads for itself: there is nothing that one could wait for.
+
+    Raises:
+        CheckpointError: a tensor is missing, of another size, or cannot be read.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that this is one process
+            dcp.load(targets, storage_reader=reader, no_dist=True)
+    except (dcp.api.CheckpointException, RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
+        failures = getattr(error, "failures", {})
+        reason = first_line(failures[min(failures)][0]) if failures else first_line(error)
+        raise CheckpointError(f"cannot load {path}: {reason}") from error
 
 
 def read_table(folder: Path) -> Metadata:
@@ -108,14 +126,108 @@ def read_table(folder: Path) -> Metadata:
     return table
 
 
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What a sharded checkpoint holds beside its tensors; nothing if there is no file of it.
+
+    Raises:
+        CheckpointError: the file cannot be read as tensors and plain values.
+    """
+    if not (folder / META).is_file():
+        return {}
+    try:
+        content = torch.load(folder / META, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"cannot load {folder}: {META} cannot be read ({first_line(error)})") from error
+    return content if isinstance(content, dict) else {}
+
+
+def read_whole(folder: Path) -> dict[str, Any]:
+    """All of a sharded checkpoint, as the file that one process would have written holds it.
+
+    Takes as much memory as the checkpoint has bytes, and that of one shard of one tensor more.
+
+    Raises:
+        CheckpointError: the folder is damaged, or mmssl's training did not write it.
+    """
+    content, places = split_meta(folder)
+    tensors = ShardedTensors(folder)
+    found = {name: entry for name, entry in tensors.entries.items() if name in places}
+    if missing := places.keys() - found.keys():
+        raise CheckpointError(f"cannot load {folder}: its {TABLE} has no {min(missing)}")
+    filled = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in found.items()}
+    load_into(filled, TableReader(folder, tensors.table), folder)
+    for name, place in places.items():
+        put(content, place, filled[name])
+    return content
+
+
+def split_meta(folder: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """(the checkpoint without its tensors, the keys that lead to each of them by its name in the table).
+
+    Raises:
+        CheckpointError: the folder is of another origin, and does not say.
+    """
+    content = read_meta(folder)
+    places = content.pop(PLACES, None)
+    if not isinstance(places, dict):
+        raise CheckpointError(
+            f"cannot load {folder}: mmssl's training did not write it, so a run cannot go on from it; "
+            "mmssl.load_backbone and model.init_from take its weights"
+        )
+    return content, places
+
+
+def put(content: dict[str, Any], place: list[Any], tensor: Tensor) -> None:
+    """Set ``content[place[0]][place[1]]...`` to ``tensor``."""
+    inner: Any = content
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = tensor
+
+
+def checksum(path: Path) -> list[int]:
+    """[size in bytes, CRC-32] of a file, read in pieces."""
+    size = crc = 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            size, crc = size + len(piece), zlib.crc32(piece, crc)
+    return [size, crc]
+
+
 def damage_of_sharded(folder: Path) -> str | None:
-    """Why a folder is not a whole sharded checkpoint, or None when it is; compares the shards' sizes with the table."""
+    """Why a folder is not a whole sharded checkpoint, or None when it is.
+
+    Reads all of a folder that has checksums, once; of another's shards it compares the sizes with the table.
+    """
     if not (folder / TABLE).is_file():
         return f"the folder is no sharded checkpoint (no {TABLE})"
     try:
-        return _damage(folder, read_table(folder))
+        if damage := _damage(folder, read_table(folder)):
+            return damage
+        stats = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
+        return _wrong_checksum(folder, tuple(stats))
     except CheckpointError as error:
         return first_line(error)
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+@lru_cache(maxsize=32)  # one start asks twice: when it looks for the newest, and when it loads it
+def _wrong_checksum(folder: Path, _stats: tuple[tuple[str, int, int], ...]) -> str | None:
+    if not (folder / CHECKSUMS).is_file():
+        return f"its {CHECKSUMS} is not there" if PLACES in read_meta(folder) else None
+    try:
+        written = json.loads((folder / CHECKSUMS).read_text())["files"]
+        for name, expected in sorted(written.items()):
+            if Path(name).name != name or not (folder / name).is_file():
+                return f"its file {name} is not there"
+            if (found := checksum(folder / name)) != expected:
+                return f"its file {name} is damaged (" + (
+                    "wrong checksum)" if found[0] == expected[0] else f"{found[0]} of {expected[0]} bytes)"
+                )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its {CHECKSUMS} is damaged ({first_line(error)})"
+    return None if {TABLE, META} <= written.keys() else f"its {CHECKSUMS} is incomplete"
 
 
 def _damage(folder: Path, table: Metadata) -> str | None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmssl.data.tokenizer import TextTokenizer
-from mmssl.pretrained.sharded import TABLE, ShardedTensors
+from mmssl.pretrained.sharded import TABLE, ShardedTensors, read_meta
 from mmssl.pretrained.whole import CheckpointError, check_format, damage_of, first_line, latest_checkpoint
 
 Weights = Literal["online", "ema"]
@@ -189,13 +189,8 @@ def _read_checkpoint(path: Path, weights: Weights) -> Source:
 
 def _read_sharded(folder: Path, weights: Weights) -> Source:
     tensors = ShardedTensors(folder)
-    content: dict[str, Any] = {}
-    if (folder / "meta.pt").is_file():
-        try:
-            content = torch.load(folder / "meta.pt", map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise CheckpointError(f"cannot load {folder}: meta.pt cannot be read ({first_line(error)})") from error
-    beside = content.get("current_model_state")  # where Lightning's WeightAveraging puts it
+    content = read_meta(folder)
+    beside = content.get("current_model_state") or None  # where Lightning's WeightAveraging puts it
     averaged = beside is not None or any(name.startswith("current_model_state.") for name in tensors)
     if weights == "ema" and not averaged:
         raise ValueError(f"{folder} has no EMA weights: the run averaged none; leave weights at 'online'")

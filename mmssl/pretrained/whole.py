@@ -62,19 +62,50 @@ def step_of(path: Path) -> int:
     if damage_of(path):
         return -1
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError):
+        content = read_checkpoint(path, tensors=False)
+    except CheckpointError:
         return -1
-    return int(content.get("global_step", -1)) if isinstance(content, dict) else -1
+    step = content.get("global_step", -1)
+    return step if isinstance(step, int) else -1
+
+
+def read_checkpoint(path: str | Path, tensors: bool = True) -> dict[str, Any]:
+    """What a checkpoint holds, a sharded one put together: tensors on the CPU and plain values, never code.
+
+    Args:
+        path: a file, or a sharded checkpoint's folder.
+        tensors: False leaves the weights of a sharded checkpoint out and maps a file's into memory instead of reading
+            them, for who asks only for what stands beside.
+
+    Raises:
+        CheckpointError: it is damaged, or not to be read safely.
+    """
+    path = Path(path)
+    if damage := damage_of(path):
+        raise CheckpointError(f"cannot load {path}: {damage}; name another checkpoint")
+    if path.is_dir():
+        from mmssl.pretrained.sharded import read_whole, split_meta
+
+        return read_whole(path) if tensors else split_meta(path)[0]
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=not tensors)
+    except (pickle.UnpicklingError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"cannot load {path}: it cannot be read safely ({first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"cannot load {path}: it is no checkpoint, but a {type(content).__name__}")
+    return content
 
 
 def latest_checkpoint(folder: str | Path, say: Callable[[str], None] | None = None, set_aside: bool = False) -> Path:
-    """The newest whole checkpoint of a run.
+    """The newest whole checkpoint of a run, a file or a sharded checkpoint's folder.
+
+    Every rank finds the same one: what counts are step, name and content, and a damaged one that another rank renames
+    meanwhile is passed over either way.
 
     Args:
         folder: A run folder, or its ``checkpoints`` folder.
         say: Called with one line for every damaged checkpoint that is passed over; default: standard error.
-        set_aside: Rename damaged checkpoints to ``*.damaged`` so that they are out of the way.
+        set_aside: Rename damaged checkpoints to ``*.damaged`` so that they are out of the way; for one process alone.
 
     Raises:
         CheckpointError: There is no whole checkpoint.
@@ -83,6 +114,8 @@ def latest_checkpoint(folder: str | Path, say: Callable[[str], None] | None = No
     folder = Path(folder)
     if (folder / "checkpoints").is_dir():
         folder = folder / "checkpoints"
+    if set_aside:
+        _put_back(folder)
     # By step and name alone: another rank may rename a damaged one while this one looks.
     found = sorted(folder.glob("*.ckpt"), key=lambda path: (step_of(path), path.name), reverse=True)
     for path in found:
@@ -91,10 +124,31 @@ def latest_checkpoint(folder: str | Path, say: Callable[[str], None] | None = No
             return path
         say(f"mmssl: {path}: {damage}; falling back to the checkpoint before it")
         if set_aside:
-            path.rename(path.with_name(path.name + ".damaged"))
+            path.rename(_free_name(path.with_name(path.name + ".damaged")))
     if found:
         raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} is whole; start a new run")
     raise CheckpointError(f"there is no checkpoint in {folder}; start without --resume, under another name")
+
+
+REPLACED = ".replaced"  # where no exchange of names is to be had: what stood there, while the new one takes its place
+
+
+def _put_back(folder: Path) -> None:
+    """A kill between two renames left only the older one of a name: it is whole, and gets its name back."""
+    for aside in folder.glob(f".*{REPLACED}"):
+        path = folder / aside.name[1:].removesuffix(REPLACED)
+        if not path.exists():
+            aside.rename(path)
+
+
+def _free_name(path: Path) -> Path:
+    """``path``, or with a number behind it, where a folder of that name would be in a rename's way."""
+    number = 1
+    free = path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}.{number}")
+    return free
 
 
 FORMAT = 1  # of checkpoints and exports; raised when what older versions wrote reads differently

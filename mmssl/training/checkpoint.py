@@ -1,111 +1,72 @@
-"""Checkpoints on disk: whole or absent, checked when read, and the newest whole one is found again.
+"""Which checkpoints a run keeps, and when it saves them; with them the random generators of every rank.
 
-A checkpoint is written under a temporary name in its own folder, synced, read back (its index, not its tensors) and
-only then renamed, so a kill, a full disk or a power cut leaves the previous one untouched.  A checkpoint is a zip
-archive in which torch stores a CRC-32 of every record; torch itself does not check them on reading, so we do.
+How one is written stands in :mod:`mmssl.training.saving`: whole or absent, at once or in the background.
 """
 
-import os
-import pickle
 import random
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from mmssl.pretrained.whole import CheckpointError, damage_of, first_line, latest_checkpoint, step_of
+from mmssl.pretrained.whole import REPLACED, CheckpointError, damage_of, latest_checkpoint, step_of
+from mmssl.training.in_place import remove
+from mmssl.training.saving import AtomicCheckpointIO, saver_of
+from mmssl.training.together import hear_all
 
 __all__ = ["AtomicCheckpointIO", "CheckpointError", "Checkpoints", "damage_of", "latest_checkpoint", "step_of"]
 
-
-class AtomicCheckpointIO(CheckpointIO):
-    """Writes checkpoints atomically and refuses damaged ones; give it to the Trainer's ``plugins``.
-
-    Loading is ``weights_only``: tensors and plain Python values, never code.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write ``checkpoint`` to ``path``.
-
-        Raises:
-            CheckpointError: The folder is read-only, the disk is full, or the content could not be loaded again.
-                What stood at ``path`` before is still there.
-        """
-        path = Path(path)
-        # In the target's folder: a move across file systems is a copy, and a copy can be cut short.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            # Memory-mapped, so this reads the pickle alone: a value that weights_only refuses shows now, not on resume.
-            torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"cannot save {path}: a value in it is neither a tensor nor plain Python ({first_line(error)}); "
-                "look for a Path or an object among the hyperparameters and the states of modules and callbacks"
-            ) from error
-        except (OSError, RuntimeError) as error:  # a full disk is an OSError or torch's RuntimeError
-            raise CheckpointError(
-                f"cannot save {path}: {first_line(error)}; earlier checkpoints are untouched, "
-                "free some space or make the folder writable, then go on with --resume"
-            ) from error
-        finally:
-            _remove_quietly(temporary)
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = True
-    ) -> dict[str, Any]:
-        """Read a checkpoint after checking that it is whole.
-
-        Raises:
-            CheckpointError: There is no such file, or it is damaged.
-        """
-        path = Path(path)
-        damage = damage_of(path)
-        if damage:
-            raise CheckpointError(f"cannot load {path}: {damage}; name another checkpoint")
-        try:
-            return torch.load(path, map_location=map_location, weights_only=weights_only is not False)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(f"cannot load {path}: {first_line(error)}") from error
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        _remove_quietly(Path(path))
+LOOK_EVERY_N_STEPS = 10  # at rank 0's clock and at what is written in the background, where there are several ranks
 
 
 class Checkpoints(Checkpoint):
-    """Saves every N optimizer steps and at the end; keeps the last few.  ``mmssl fit`` always installs it.
+    """Saves every N optimizer steps or minutes and at the end; keeps the last few.  ``mmssl fit`` always installs it.
 
-    Files are named ``step=00001000.ckpt``.  Each holds, beside what Lightning stores, the state of the random
-    generators of Python, NumPy and torch of every rank, which a resumed run takes over before its first step.
+    They are named ``step=00001000.ckpt``: files, or folders under sharded FSDP.  Each holds, beside what Lightning
+    stores, the state of the random generators of Python, NumPy and torch of every rank, which a resumed run takes over
+    before its first step.
 
     Args:
-        every_n_steps: Optimizer steps between two checkpoints.
-        keep: How many of them stay.  Two, so that there is one to fall back to.
+        every_n_steps: Optimizer steps between two checkpoints; null saves by time and at the end only.
+        every_n_minutes: Save as well when so many minutes have passed since the last one, by rank 0's clock.
+        keep: How many of the newest stay.  Two, so that there is one to fall back to.
+        keep_every_n_steps: Save at each multiple of this as well, and let those stay for good.
+        asynchronous: Go on with training once the state is copied to the host's memory (one state more in it on each
+            rank that writes), and write the copy meanwhile.  One that fails ends the run some steps later.
 
     Attributes:
         folder: Where they go; unless set before, ``checkpoints`` in the Trainer's ``default_root_dir``.
     """
 
-    def __init__(self, every_n_steps: int = 1000, keep: int = 2) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"checkpoint.every_n_steps is {every_n_steps}; it must be at least 1")
-        if keep < 1:
-            raise ValueError(f"checkpoint.keep is {keep}; it must be at least 1")
+    def __init__(
+        self,
+        every_n_steps: int | None = 1000,
+        keep: int = 2,
+        every_n_minutes: float | None = None,
+        keep_every_n_steps: int | None = None,
+        asynchronous: bool = True,
+    ) -> None:
+        counts = {"every_n_steps": every_n_steps, "keep": keep, "keep_every_n_steps": keep_every_n_steps}
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise ValueError(f"checkpoint.{name} is {value}; it must be at least 1")
+        if every_n_minutes is not None and every_n_minutes <= 0:
+            raise ValueError(f"checkpoint.every_n_minutes is {every_n_minutes}; it must be above 0, or null")
         self.every_n_steps = every_n_steps
+        self.every_n_minutes = every_n_minutes
         self.keep = keep
+        self.keep_every_n_steps = keep_every_n_steps
+        self.asynchronous = asynchronous
         self.folder: str | Path | None = None
         self._seen_step = 0
         self._saved_step = -1
+        self._saved_at = time.monotonic()
+        self._unfinished = False
         self._rng: dict[str, Any] | None = None
         self._restore_rng = False
 
@@ -113,12 +74,14 @@ class Checkpoints(Checkpoint):
         if self.folder is None:
             self.folder = Path(trainer.default_root_dir) / "checkpoints"
         if stage == "fit" and trainer.is_global_zero:
-            for leftover in Path(self.folder).glob(".*.tmp"):  # of a run that was killed while it saved
-                _remove_quietly(leftover)
+            folder = Path(self.folder)
+            for leftover in [*folder.glob(".*.tmp"), *folder.glob(f".*{REPLACED}")]:  # of a run that was killed
+                remove(leftover)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen_step = trainer.global_step
         self._saved_step = trainer.global_step if trainer.global_step else -1
+        self._saved_at, self._unfinished = time.monotonic(), False
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -135,8 +98,8 @@ class Checkpoints(Checkpoint):
         if step == self._seen_step:  # a micro-batch inside an accumulated step
             return
         self._seen_step = step
-        if step % self.every_n_steps == 0 or step == trainer.max_steps:
-            self.save(trainer)
+        if self._by_step(step) or step == trainer.max_steps or self._by_time(trainer, step):
+            self.save(trainer, wait=False)
 
     def note_rng(self) -> None:
         """Keep the generators' state at the end of a batch, which is what a checkpoint saved from here on holds."""
@@ -149,30 +112,60 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.save(trainer)
 
-    def save(self, trainer: pl.Trainer) -> Path:
-        """Save now, unless this step is saved already; call it on every rank."""
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, KeyboardInterrupt):
+            saver_of(trainer).wait()  # what is being written is whole when this fit ends, or it is told
+
+    def save(self, trainer: pl.Trainer, wait: bool = True) -> Path:
+        """Save now, unless this step is saved already; call it on every rank.
+
+        Args:
+            trainer: whose state.
+            wait: return when it is on the disk, also if it is to be written in the background otherwise.
+
+        Raises:
+            CheckpointError: on every rank, if this or an earlier checkpoint could not be written on any.
+        """
         step = trainer.global_step
         path = Path(self.folder or ".") / f"step={step:08d}.ckpt"
         if step != self._saved_step:
-            trainer.save_checkpoint(path)
-            self._saved_step = step
-            if trainer.is_global_zero:
-                self._prune(step)
+            self._saved_step, self._saved_at = step, time.monotonic()
+            self._unfinished = self.asynchronous and not wait
+            saver_of(trainer).save(path, background=self._unfinished, after=partial(self._prune, step))
+        elif wait:
+            saver_of(trainer).finish()
         return path
 
+    def _by_step(self, step: int) -> bool:
+        return any(every is not None and step % every == 0 for every in (self.every_n_steps, self.keep_every_n_steps))
+
+    def _by_time(self, trainer: pl.Trainer, step: int) -> bool:
+        """Whether rank 0's clock asks for a checkpoint; and ends the run if one in the background has failed."""
+        minutes = (time.monotonic() - self._saved_at) / 60
+        due = self.every_n_minutes is not None and minutes >= self.every_n_minutes and trainer.is_global_zero
+        running, failed = saver_of(trainer).state
+        if trainer.world_size > 1:
+            # No collective that is not needed: the votes of others are asked for while there is something to learn.
+            if step % LOOK_EVERY_N_STEPS or not (self._unfinished or self.every_n_minutes is not None):
+                return False
+            votes = torch.tensor([due, running, failed], dtype=torch.float32, device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(votes)
+            due, running, failed = (vote > 0 for vote in votes.tolist())
+        self._unfinished = running
+        if failed:
+            saver_of(trainer).finish()
+        return due
+
     def _prune(self, step: int) -> None:
-        ours = [path for path in Path(self.folder or ".").glob("step=*.ckpt") if step_of(path) <= step]
-        for path in sorted(ours, key=step_of)[: -self.keep]:
-            _remove_quietly(path)
+        found = sorted(Path(self.folder or ".").glob("step=*.ckpt"), key=step_of)
+        for path in [path for path in found if step_of(path) <= step][: -self.keep]:
+            if self.keep_every_n_steps is None or step_of(path) % self.keep_every_n_steps:
+                remove(path)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        states: list[Any] = [self._rng or rng_state()]
-        if trainer.world_size > 1:
-            mine, states = states[0], [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, mine)
-        checkpoint["rng"] = states
+        checkpoint["rng"] = hear_all(self._rng or rng_state())
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -203,19 +196,3 @@ def restore_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_quietly(path: Path) -> None:
-    try:
-        path.unlink()
-    except OSError:
-        return  # it is gone, or cannot go; neither is worth stopping a run

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from mmssl.training.fsdp_checkpoint import SavesSharded
+
 Dtype = Literal["float32", "bfloat16"]
 
 
-class FSDP(ModelParallelStrategy):
+class FSDP(SavesSharded):
     """FSDP2 over all ranks; ``configs/strategy/fsdp.yaml`` chooses it.
 
     The model's ``configure_model`` has to call :meth:`shard`, as :class:`mmssl.training.module.PretrainModule` does.

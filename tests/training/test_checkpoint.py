@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from mmssl.pretrained import whole
-from mmssl.training import checkpoint as module
 from mmssl.training.checkpoint import (
     AtomicCheckpointIO,
     CheckpointError,
@@ -159,7 +158,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch):
     def refuse(*args: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(module.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(CheckpointError, match="Permission denied"):
         save(tmp_path, 1)
     assert path.read_bytes() == before

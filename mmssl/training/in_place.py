@@ -1,0 +1,62 @@
+"""A file or a folder takes another one's place at once: there is no moment at which neither stands there whole."""
+
+import ctypes
+import os
+import shutil
+from pathlib import Path
+
+from mmssl.pretrained.whole import REPLACED
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Rename ``new``, which lies in the same folder and is synced, to ``path``; what stood there goes.
+
+    Raises:
+        OSError: as of a rename.  What stood at ``path`` is still there.
+    """
+    if not path.exists() or not (path.is_dir() or new.is_dir()):
+        os.replace(new, path)
+    elif exchange(new, path):
+        remove(new)
+    else:
+        # Network file systems know no exchange.  A kill between the two renames leaves the older one under a name from
+        # which mmssl.pretrained.whole.latest_checkpoint takes it back.
+        aside = path.with_name(f".{path.name}{REPLACED}")
+        remove(aside)
+        os.rename(path, aside)
+        os.rename(new, path)
+        remove(aside)
+    sync_folder(path.parent)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two names change places in one step; False where the system or the file system cannot."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "renameat2"):
+        return False
+    result: int = library.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return result == 0
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint.  A folder loses its name first, so that no half of it is ever found under that name."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            gone = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.gone.tmp")
+            os.rename(path, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+        else:
+            path.unlink()
+    except OSError:
+        return  # it is gone, or cannot go; neither is worth stopping a run
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

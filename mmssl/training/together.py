@@ -1,0 +1,46 @@
+"""What all ranks do together: hear each other, and fail together."""
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from mmssl.pretrained.whole import CheckpointError, damage_of
+
+
+def hear_all(mine: Any, group: Any = None) -> list[Any]:
+    """Every rank's object, by rank; all ranks of the group call this together.  One process hears itself."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return [mine]
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, mine, group=group)
+    return every
+
+
+def fail_together(mine: str | None, group: Any = None, cause: BaseException | None = None) -> None:
+    """Raise on every rank what any rank had to say: a rank that fails alone leaves the others waiting for it.
+
+    Raises:
+        CheckpointError: with the message of the first rank that has one.
+    """
+    raise_first(hear_all(mine, group), cause)
+
+
+def raise_first(said: list[str | None], cause: BaseException | None = None) -> None:
+    """The half of :func:`fail_together` behind the exchange.
+
+    Raises:
+        CheckpointError: with the first message, by rank.
+    """
+    for rank, message in enumerate(said):
+        if message is not None:
+            raise CheckpointError(message if rank == 0 or len(set(said)) == 1 else f"rank {rank}: {message}") from cause
+
+
+def check_together(path: Path) -> None:
+    """Raises CheckpointError on every rank unless all of them mean the same, whole checkpoint."""
+    seen = hear_all((str(path), damage_of(path)))
+    if len({name for name, _ in seen}) > 1:
+        names = ", ".join(f"rank {rank}: {name}" for rank, (name, _) in enumerate(seen))
+        raise CheckpointError(f"the ranks found different checkpoints ({names}); is the folder on a shared disk?")
+    raise_first([damage and f"cannot load {path}: {damage}; name another checkpoint" for _, damage in seen])
