@@ -176,7 +176,7 @@ class Launch(LightningCLI):
             if not self.folder.is_dir():
                 raise UsageError(f"there is no run at {self.folder}; give its folder with --run")
             self.checkpoint = str(latest_checkpoint(self.folder, set_aside=fit and is_rank_zero()))
-        if self.checkpoint is not None and not Path(self.checkpoint).is_file():
+        if self.checkpoint is not None and not Path(self.checkpoint).exists():
             raise UsageError(f"there is no checkpoint {self.checkpoint}")
         if config.resume and 0 < config.trainer.max_steps <= step_of(Path(self.checkpoint or "")):
             if is_rank_zero():
