@@ -20,7 +20,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 
-from mmssl.cli.cluster import fit_to_job
+from mmssl.cli.cluster import fit_to_job, in_step
+from mmssl.cli.environment import show
 from mmssl.cli.folder import (
     ConfigFile,
     begun,
@@ -190,6 +191,8 @@ class Launch(LightningCLI):
             self._changes = changes_since(Path(self.checkpoint).parent.parent, self._resolved)
         if is_rank_zero() and not fit:
             make_folder(self.folder)
+        if in_step() and is_rank_zero():
+            show()  # at the head of the batch log, from the process that trains, in its container
         fit_to_job(config.trainer, set(dict(options_of(self._args))))  # not written down: the next job may be another
         asked = {"model.tokenizer", "model.init_args.tokenizer"} & dict(options_of(self._args)).keys()
         arguments = config.model.get("init_args") or {}
