@@ -40,6 +40,7 @@ COMMANDS = {
     "validate": Command("measure a run on its validation data: mmssl validate --run runs/NAME"),
     "test": Command("measure a run on its test data: mmssl test --run runs/NAME"),
     "predict": Command("write a run's guesses to its folder: mmssl predict --run runs/NAME"),
+    "submit": Command("train on a SLURM cluster: mmssl submit C.yaml [--nodes N] [--key value]", "mmssl.cli.submit:main"),
     "export": Command("write a backbone for timm and load_backbone: mmssl export RUN --out DIR", "mmssl.export:export"),
     "report": Command("print and save what a run has learnt: mmssl report runs/NAME", "mmssl.report:report"),
     "env": Command("what a run stands on: versions, GPUs, SLURM and NCCL variables", "mmssl.cli.environment:show"),
@@ -118,6 +119,9 @@ def _call(name: str, target: str, args: list[str]) -> None:
     """Run a plain function with its parameters read from the command line."""
     module, attribute = target.split(":")
     function: Callable[..., object] = getattr(importlib.import_module(module), attribute)
+    if list(inspect.signature(function).parameters) == ["args"]:  # it reads its command line itself
+        function(args)
+        return
     text = docstring_parser.parse(function.__doc__ or "")
     described = {parameter.arg_name: parameter.description for parameter in text.params}
     parser = OneLineParser(prog=f"mmssl {name}", description=f"{text.short_description}\n{text.long_description or ''}")
