@@ -17,13 +17,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import docstring_parser
 from jsonargparse import ActionYesNo
 
 from mmssl.cli.keys import OneLineParser, UsageError, nearest
+from mmssl.training import signals
 
 
 class Command(NamedTuple):
@@ -40,7 +41,9 @@ COMMANDS = {
     "validate": Command("measure a run on its validation data: mmssl validate --run runs/NAME"),
     "test": Command("measure a run on its test data: mmssl test --run runs/NAME"),
     "predict": Command("write a run's guesses to its folder: mmssl predict --run runs/NAME"),
-    "submit": Command("train on a SLURM cluster: mmssl submit C.yaml [--nodes N] [--key value]", "mmssl.cli.submit:main"),
+    "submit": Command(
+        "train on a SLURM cluster: mmssl submit C.yaml [--nodes N] [--key value]", "mmssl.cli.submit:main"
+    ),
     "export": Command("write a backbone for timm and load_backbone: mmssl export RUN --out DIR", "mmssl.export:export"),
     "report": Command("print and save what a run has learnt: mmssl report runs/NAME", "mmssl.report:report"),
     "env": Command("what a run stands on: versions, GPUs, SLURM and NCCL variables", "mmssl.cli.environment:show"),
@@ -64,10 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(args, state)
     except KeyboardInterrupt:
         print("mmssl: interrupted", file=sys.stderr)
-        return 130
+        return signals.EXIT_INTERRUPTED
     except SystemExit as stop:
         return _exit_code(stop)
     except Exception as error:
+        if signals.current.phase == "starting" and signals.current.preempted:
+            # Another rank or a process of a pool left first; what failed here failed because of that.
+            return _exit_code(signals.NothingBegun(signals.current.name))
         if os.environ.get("MMSSL_TRACEBACK") == "1":
             raise
         line = _for_a_person(error, state["building"])
@@ -93,9 +99,10 @@ def _run(args: list[str], state: dict[str, bool]) -> int:
     name, rest = _split(args)
     function = COMMANDS[name].function
     if function is None:
-        from mmssl.cli.launch import launch
+        with signals.handled() if name == "fit" else nullcontext():
+            from mmssl.cli.launch import launch
 
-        launch([name, *rest], state)
+            launch([name, *rest], state)
     else:
         _call(name, function, rest)
     return 0
@@ -163,18 +170,11 @@ def _listed(names: list[str]) -> list[str]:
 
 
 def _exit_code(stop: SystemExit) -> int:
-    checkpoint = getattr(stop, "checkpoint", None)  # a Preempted; its class lives behind an import of torch
-    if checkpoint is not None and stop.rank == 0:  # type: ignore[attr-defined]
-        run = Path(checkpoint).parent.parent
-        print(
-            f"mmssl: {stop.signal_name}: stopped after step {stop.step}, saved {checkpoint}; "  # type: ignore[attr-defined]
-            f"to go on: mmssl fit --run {run} --resume",
-            file=sys.stderr,
-            flush=True,
-        )
+    line = getattr(stop, "line", "")  # a Preempted, whose class lives behind an import of torch, or a NothingBegun
     if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns a second Ctrl-C into exit code 1
-        print("mmssl: interrupted, nothing saved", file=sys.stderr)
-        return 130
+        line, stop.code = getattr(stop.__context__, "line", "interrupted, nothing saved"), signals.EXIT_INTERRUPTED
+    if line:
+        print(f"mmssl: {line}", file=sys.stderr, flush=True)
     return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
 

@@ -41,6 +41,7 @@ from mmssl.training.callbacks.progress import Lines
 from mmssl.training.callbacks.throughput import Throughput
 from mmssl.training.changed import Change, Changed
 from mmssl.training.checkpoint import AtomicCheckpointIO, Checkpoints, latest_checkpoint, step_of
+from mmssl.training.launcher import supervise
 from mmssl.training.loggers import MetricsFile, Wandb
 from mmssl.training.preemption import Preemption
 from mmssl.training.tokenizer_file import TokenizerFile, tokenizer_of_run
@@ -241,7 +242,9 @@ class Launch(LightningCLI):
                 checkpoints.folder = self.folder / "checkpoints"
                 last += [checkpoints, Preemption(checkpoints)]
         config["callbacks"] = [*first, *own, *last]
-        return self.trainer_class(**config)
+        trainer = self.trainer_class(**config)
+        supervise(trainer)
+        return trainer
 
     def _loggers(self, asked: Any) -> list[Logger]:
         if self.subcommand != "fit":

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmssl.pretrained.whole import FORMAT, check_format
+from mmssl.training.guard import StepGuard
 from mmssl.training.messages import warn
 from mmssl.training.optim import adamw, warmup_cosine
 from mmssl.training.strategies import distribute, whole
+from mmssl.training.votes import Votes, sum_over_ranks
 from mmssl.types import Batch, Loss, Prepare
 
 
@@ -87,6 +89,8 @@ class PretrainModule(LightningModule):
         self.warmup_steps, self.min_lr_ratio, self.clip_grad_norm = warmup_steps, min_lr_ratio, clip_grad_norm
         self.compile_blocks = compile_blocks
         self.loss_weights: dict[str, float] = {}
+        self.votes = Votes()
+        self.guard = StepGuard()
         self._last_batch = -1
         self._window_total: dict[str, Tensor] = {}
         self._window_sums: dict[str, Tensor] = {}
@@ -179,6 +183,7 @@ class PretrainModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._last_batch = batch.index
+        self.guard.note(batch.keys)
         sums = self.compare(self(batch), batch)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._window_total = self._count_window(batch)
@@ -201,11 +206,9 @@ class PretrainModule(LightningModule):
         window = batch.window
         if window is None:  # a loader of the user's own: the best that can be known is this micro-batch
             window = {name: n * self.trainer.accumulate_grad_batches for name, n in batch.counts.items()}
-        # Filled on the device: a copy from the host would wait for all that the device has still to do.
         items = [float(window.get(name, 0)) for name in self.loss_weights]
-        counts = torch.stack([torch.full((), n, device=self.device) for n in items])
-        if self.trainer.world_size > 1:
-            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
+        subject = f"{type(self).__name__} {batch.index} {batch.source} {len(batch.keys)} {list(self.loss_weights)}"
+        counts = self.votes.add_up(items, subject, self.trainer.world_size, self.device)
         # No rank had an item: the total is 0 as well, and 0 / 1 gives the zero gradient it should be.
         return dict(zip(self.loss_weights, counts.clamp(min=1), strict=True))
 
@@ -219,6 +222,8 @@ class PretrainModule(LightningModule):
         if self._logs_now():
             self._check_budget()
         norm = self._clip()
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # which skips by itself, to find its scale
+            self.guard.check(optimizer, norm, self.trainer.global_step + 1)
         if self._logs_now():
             for name, value in self._means(self._window_sums).items():
                 self.log(f"train/{name}", value)
@@ -274,7 +279,7 @@ class PretrainModule(LightningModule):
         """total / count by name after adding up the ranks, and the weighted loss that is trained on."""
         packed = torch.stack(list(sums.values())).float()
         if self.trainer.world_size > 1:
-            packed = self.trainer.strategy.reduce(packed, reduce_op="sum")
+            packed = sum_over_ranks(packed, self.trainer.world_size)
         means = dict(zip(sums, packed[:, 0] / packed[:, 1], strict=True))
         if "loss" not in means:
             means["loss"] = torch.stack([weight * means[name] for name, weight in self.loss_weights.items()]).sum()

@@ -1,25 +1,30 @@
 """Ctrl-C, SIGTERM and SIGUSR2: save after the current optimizer step, then stop with an exit code that says so.
 
-The handler only sets a flag.  Saving inside a handler deadlocks as soon as one rank is at another place than the
-others, so the ranks look at the flag together at the end of a step, agree and save.  They leave before the next step:
-a resumed run repeats neither this step's row in the logs nor a validation that is due now.
+The handler only sets a flag (:mod:`mmssl.training.signals`).  Saving inside a handler deadlocks as soon as one rank is
+at another place than the others, so the ranks look at the flag together, in sums that they need anyway
+(:mod:`mmssl.training.votes`), agree and save.  They leave before the next step and before a validation that is due,
+which the resumed run then begins with; a validation that is under way is broken off.
 """
 
-import os
+import copy
 import signal
-import threading
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+import torch
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from mmssl.training.checkpoint import Checkpoints
-
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a batch script requeues on it
-EXIT_INTERRUPTED = 130  # what shells report after Ctrl-C
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+from mmssl.training import signals
+from mmssl.training.checkpoint import Checkpoints, step_of
+from mmssl.training.messages import warn
+from mmssl.training.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, NothingBegun, Signals
+from mmssl.training.votes import Votes
 
 
 class Preempted(SystemExit):
@@ -32,6 +37,20 @@ class Preempted(SystemExit):
         self.checkpoint = checkpoint
         self.rank = rank
 
+    @property
+    def line(self) -> str:
+        """What a person is told, by rank 0 alone."""
+        if self.rank:
+            return ""
+        return (
+            f"{self.signal_name}: stopped after step {self.step}, saved {self.checkpoint}; "
+            f"to go on: mmssl fit --run {self.checkpoint.parent.parent} --resume"
+        )
+
+
+class _BrokenOff(BaseException):
+    """Ends a validation from within one of its batches."""
+
 
 class Preemption(Callback):
     """Saves at the end of an optimizer step after SIGINT, SIGTERM or SIGUSR2, and stops before the next.
@@ -40,11 +59,12 @@ class Preemption(Callback):
 
     Args:
         checkpoints: Who saves.
-        agree_every_n_steps: With several ranks, how many optimizer steps pass between two votes (a vote
-            synchronises the device).
+        agree_every_n_steps: With several ranks on GPUs, how many optimizer steps pass between two agreements (one
+            waits for the device); on CPUs the ranks agree at every step.
 
     Raises (from ``Trainer.fit``):
         Preempted: After the checkpoint is on disk.
+        NothingBegun: A signal came before the first step.
     """
 
     def __init__(self, checkpoints: Checkpoints, agree_every_n_steps: int = 10) -> None:
@@ -52,26 +72,62 @@ class Preemption(Callback):
             raise ValueError(f"agree_every_n_steps is {agree_every_n_steps}; it must be at least 1")
         self.checkpoints = checkpoints
         self.agree_every_n_steps = agree_every_n_steps
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-        self._active = False
-        self._pid = os.getpid()
+        self.signals = Signals()
+        self._own = False
+        self._votes: Votes | None = None
         self._seen_step = 0
+        self._validated_step = -1
+        self._owed = False  # the checkpoint that was loaded was saved before a validation
+        self._must_finish = False
+        self._weights: Tensor | None = None
+        self._loops: dict[str, Any] | None = None
         self._leaving: Preempted | None = None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._pid, self._active, self.received = os.getpid(), True, None
-            self._leaving = None
-            self._install()
+    # ---- before the first step
 
-    # Lightning puts its own SIGTERM handler, with a broadcast inside, before ours when the run starts: take it back.
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._install()
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._own = not signals.current.installed
+        if self._own:  # a Trainer of the user's own; mmssl fit has the handlers in place long before
+            signals.current = Signals()
+        self.signals = signals.current
+        self.signals.install()
+        self._leaving = None
+        self._votes = getattr(pl_module, "votes", None)
+        own_signals_only(trainer)
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        loop.run = self._validation(trainer, loop.run)  # type: ignore[method-assign]
+        self._leave_if_told(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen_step = trainer.global_step
-        self._install()
+        self._leave_if_told(trainer)
+        self.signals.phase = "running"  # every rank has voted to begin: from here on they leave after a step only
+        if self._votes is not None:
+            self._votes.agree_every_n_steps = self.agree_every_n_steps
+            self._votes.begin(self._ask)
+        if self._owed and trainer.enable_validation:
+            rank_zero_only(print)(
+                f"mmssl: the validation of step {trainer.global_step}, before which the run was stopped, comes first",
+                flush=True,
+            )
+            _validate(trainer)
+        self._owed = False
+
+    def _ask(self) -> tuple[bool, bool]:
+        return self.signals.preempted, self.signals.interrupted
+
+    def _leave_if_told(self, trainer: pl.Trainer) -> None:
+        told = self.signals.preempted
+        if trainer.world_size > 1:
+            told = trainer.strategy.reduce_boolean_decision(told, all=False)
+        if told:
+            stop = NothingBegun(self.signals.name)
+            stop.line = stop.line if trainer.is_global_zero else ""
+            raise stop
+
+    # ---- at the end of a step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -80,11 +136,11 @@ class Preemption(Callback):
         if step == self._seen_step:  # a micro-batch inside an accumulated step
             return
         self._seen_step = step
-        if self._leaving is not None or step == trainer.max_steps or not self._agreed(trainer, step):
+        preempt, interrupt = self._told(trainer, step)
+        if self._leaving is not None or step == trainer.max_steps or not (preempt or interrupt):
             return
         self.checkpoints.note_rng()  # Lightning puts it behind every other callback: it has seen the batch before only
-        path = self.checkpoints.save(trainer)
-        self._leaving = Preempted(self.received or signal.SIGTERM, step, path, trainer.global_rank)
+        self._leaving = self._saved(trainer, preempt)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -92,54 +148,159 @@ class Preemption(Callback):
         if self._leaving is not None:
             raise self._leaving
 
-    def _agreed(self, trainer: pl.Trainer, step: int) -> bool:
+    def _told(self, trainer: pl.Trainer, step: int) -> tuple[bool, bool]:
+        """Whether any rank was told to stop, by a cluster, by a person; the same answer on all ranks."""
         if trainer.world_size == 1:
-            return self.received is not None
-        if step % self.agree_every_n_steps:
-            return False
-        return trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+            return self._ask()
+        if self._votes is not None:
+            return self._votes.read()
+        if step % self.agree_every_n_steps:  # a module that is not mmssl's, in whose steps nothing can ride
+            return False, False
+        preempt, interrupt = (trainer.strategy.reduce_boolean_decision(vote, all=False) for vote in self._ask())
+        return preempt, interrupt
+
+    def _saved(self, trainer: pl.Trainer, preempt: bool) -> Preempted:
+        """Save, and say what all ranks then stop with."""
+        path = self.checkpoints.save(trainer)
+        mine = [signum for signum in self.signals.received if (signum != signal.SIGINT) == preempt]
+        signum = mine[0] if mine else signal.SIGTERM if preempt else signal.SIGINT
+        return Preempted(signum, trainer.global_step, path, trainer.global_rank)
+
+    # ---- during a validation
+
+    def _validation(self, trainer: pl.Trainer, run: Callable[[], Any]) -> Callable[[], Any]:
+        """Lightning's validation loop, which stops between two batches if the ranks agree to."""
+
+        def validation() -> Any:
+            if self._leaving is not None:
+                raise self._leaving
+            if trainer.sanity_checking or self.signals.phase != "running" or trainer.global_step == trainer.max_steps:
+                return run()  # the last one, too: the run would be over without it
+            self._must_finish = False
+            self._weights = _fingerprint(trainer.lightning_module)
+            # As it was when the step ended: a resumed run must not think that it had validated.
+            self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
+            for count in ("total", "current"):
+                progress = self._loops["epoch_loop.batch_progress"][count]
+                progress["completed"] = progress["processed"] - 1
+            try:
+                return run()
+            except _BrokenOff:
+                trainer.training = True
+                preempt = self._votes.told[0] if self._votes and trainer.world_size > 1 else self.signals.preempted
+                raise self._saved(trainer, preempt) from None
+            finally:
+                self._loops = self._weights = None
+
+        return validation
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._loops is None or self._must_finish:
+            return
+        if trainer.world_size > 1 and self._votes is None:
+            return  # with a module of the user's own, ranks may have unequal numbers of batches: nobody would answer
+        told = self._ask()
+        if self._votes is not None:
+            told = self._votes.between(batch_idx, trainer.world_size, trainer.strategy.root_device)
+        if not any(told):
+            return
+        if self._own_weights(trainer, pl_module):
+            raise _BrokenOff
+        self._must_finish = True
+        rank_zero_only(warn)("a callback has other weights in place for the validation, which therefore ends first")
+
+    def _own_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Put the trained weights back in place of averaged ones; whether all ranks have them now."""
+        averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+        assert self._weights is not None
+        same = torch.equal(_fingerprint(pl_module), self._weights)
+        if not same:
+            for average in averages:
+                average._swap_models(pl_module)
+            same = torch.equal(_fingerprint(pl_module), self._weights)
+        if trainer.world_size > 1:
+            same = trainer.strategy.reduce_boolean_decision(same, all=True)
+        if not same:
+            for average in averages:
+                average._swap_models(pl_module)
+        return same
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._validated_step = trainer.global_step
+
+    # ---- in a checkpoint
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        fetcher, loop = trainer.fit_loop._data_fetcher, trainer.fit_loop.epoch_loop
+        due = fetcher is not None and trainer.global_step != self._validated_step and loop._should_check_val_fx(fetcher)
+        checkpoint["validation_due"] = due
+        if self._loops is not None:
+            checkpoint["loops"]["fit_loop"] = self._loops
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._owed = bool(checkpoint.get("validation_due", False))
+
+    # ---- the end
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._uninstall()
+        self._over()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._uninstall()
+        if isinstance(exception, KeyboardInterrupt):
+            exception.line = self._kept(trainer)  # type: ignore[attr-defined]
+        if self.signals.phase == "running":
+            self._over()
 
-    def _install(self) -> None:
-        if not self._active or threading.current_thread() is not threading.main_thread():
-            return
-        for signum in SIGNALS:
-            before = signal.signal(signum, self._handle)
-            if before != self._handle:
-                self._before.setdefault(signum, before)
+    def _kept(self, trainer: pl.Trainer) -> str:
+        """What a second Ctrl-C leaves behind."""
+        if trainer.global_rank:
+            return ""
+        whole = sorted(Path(self.checkpoints.folder or ".").glob("step=*.ckpt"), key=step_of)
+        if not whole:
+            return "interrupted, nothing saved"
+        return (
+            f"interrupted after step {trainer.global_step}; saved is step {step_of(whole[-1])}; "
+            f"to go on: mmssl fit --run {whole[-1].parent.parent} --resume"
+        )
 
-    def _uninstall(self) -> None:
-        self._active = False
-        if threading.current_thread() is threading.main_thread():
-            for signum, before in self._before.items():
-                signal.signal(signum, before if before is not None else signal.SIG_DFL)
+    def _over(self) -> None:
+        self.signals.phase = "over"
+        if self._own:
+            self.signals.uninstall()
 
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:
-            # A forked loader worker.  Ctrl-C reaches the whole group; the parent decides when workers stop.
-            if signum == signal.SIGTERM:
-                self._as_before(signum, frame)
-            return
-        if not self._active:  # after an exception Lightning puts this handler back, when we are done already
-            self._as_before(signum, frame)
-        elif self.received is not None and signum == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            raise KeyboardInterrupt
-        elif self.received is None:
-            self.received = signum
-            again = "; Ctrl-C again stops at once, without saving" if signum == signal.SIGINT else ""
-            # os.write: print may be in the middle of a line when the signal comes, and is not reentrant.
-            os.write(2, f"\nmmssl: {signal.Signals(signum).name}: saving after this step{again}\n".encode())
 
-    def _as_before(self, signum: int, frame: FrameType | None) -> None:
-        before = self._before.get(signum, signal.SIG_DFL)
-        if callable(before):
-            before(signum, frame)
-        elif before == signal.SIG_DFL:
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
+def own_signals_only(trainer: pl.Trainer) -> None:
+    """Take Lightning's own handling of SIGTERM out of a Trainer that is about to fit.
+
+    Its handler holds a broadcast, which hangs wherever the other ranks are not in theirs, and every batch begins with
+    another one that waits for the device.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def _validate(trainer: pl.Trainer) -> None:
+    """A validation as the training loop runs it, before the first batch."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False
+    trainer.validating = True
+    first = trainer._logger_connector._first_loop_iter
+    loop.run()
+    trainer.training = True
+    trainer._logger_connector._first_loop_iter = first
+
+
+def _fingerprint(module: torch.nn.Module) -> Tensor:
+    """A norm of every parameter of this rank: other weights have others."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # the root stays gathered behind an evaluation's forward
+    weights = [p.to_local() if isinstance(p, DTensor) else p for p in map(torch.Tensor.detach, module.parameters())]
+    return torch.stack(torch._foreach_norm([weight for weight in weights if weight.is_floating_point()]))

@@ -9,9 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import Mock
 
-import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -105,8 +103,8 @@ def test_a_cluster_s_signals_exit_with_75(toy_folder: Path, monkeypatch, signum:
     assert damage_of(path) is None
 
 
-def test_the_row_and_the_validation_of_the_last_step_are_kept(toy_folder: Path, monkeypatch):
-    """A signal in step 10, after which both are due, and which a resumed run does not repeat."""
+def test_the_row_of_the_last_step_is_kept_and_its_validation_comes_first(toy_folder: Path, monkeypatch, capsys):
+    """A signal in step 10, after which both are due: a long validation would take the time that there is to leave."""
     import toy
 
     step = toy.ToyModule.training_step
@@ -120,15 +118,16 @@ def test_the_row_and_the_validation_of_the_last_step_are_kept(toy_folder: Path, 
     assert main(["fit", "--config", "toy.yaml", "--run", "runs/a"]) == 75
     assert latest_checkpoint(toy_folder / "runs/a").name == "step=00000010.ckpt"
     cut = rows(toy_folder / "runs/a/metrics.csv")
-    assert list(cut) == [4, 9]
-    assert cut[9]["train/loss"]
-    assert cut[9]["val/loss"]
+    assert list(cut) == [5, 10]
+    assert cut[10]["train/loss"]
+    assert "val/loss" not in cut[10]
 
     monkeypatch.setattr(toy.ToyModule, "training_step", step)
     assert main(["fit", "--run", "runs/a", "--resume"]) == 0
+    assert "the validation of step 10, before which the run was stopped, comes first" in capsys.readouterr().out
     assert main(["fit", "--config", "toy.yaml", "--run", "runs/b"]) == 0
     whole, both = rows(toy_folder / "runs/b/metrics.csv"), rows(toy_folder / "runs/a/metrics.csv")
-    assert list(whole) == list(both) == [4, 9, 14, 19]
+    assert list(whole) == list(both) == [5, 10, 15, 20]
     for number, row in whole.items():
         for name in ("train/loss", "val/loss"):
             assert both[number][name] == row[name], (number, name)
@@ -151,21 +150,6 @@ def test_a_signal_in_the_last_step_does_not_spoil_a_finished_run(toy_folder: Pat
 
     monkeypatch.setattr(toy.ToyModule, "training_step", step_with_signal)
     assert main(["fit", "--config", "toy.yaml", "--run", "runs/a"]) == 0
-
-
-def test_ranks_vote_only_every_few_steps():
-    trainer = Mock(spec=pl.Trainer, world_size=2)
-    trainer.strategy.reduce_boolean_decision.return_value = True  # another rank got the signal
-    preemption = Preemption(Checkpoints(), agree_every_n_steps=10)
-    assert [step for step in range(1, 31) if preemption._agreed(trainer, step)] == [10, 20, 30]
-    assert trainer.strategy.reduce_boolean_decision.call_count == 3
-
-
-def test_a_forked_worker_leaves_the_decision_to_its_parent():
-    preemption = Preemption(Checkpoints())
-    preemption._active, preemption._pid = True, -1
-    preemption._handle(signal.SIGINT, None)
-    assert preemption.received is None
 
 
 def test_the_exit_code_travels_with_the_exception():
