@@ -46,6 +46,9 @@ COMMANDS = {
     ),
     "export": Command("write a backbone for timm and load_backbone: mmssl export RUN --out DIR", "mmssl.export:export"),
     "report": Command("print and save what a run has learnt: mmssl report runs/NAME", "mmssl.report:report"),
+    "consolidate": Command(
+        "one file of a sharded checkpoint: mmssl consolidate RUN --out FILE.ckpt", "mmssl.cli.consolidate:consolidate"
+    ),
     "env": Command("what a run stands on: versions, GPUs, SLURM and NCCL variables", "mmssl.cli.environment:show"),
     "tokenizer train": Command("train a tokenizer on text", "mmssl.data.tokenizer:train_from_shards"),
     "shards index": Command("index tar shards before training", "mmssl.cli.shards:index"),
