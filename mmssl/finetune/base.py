@@ -17,6 +17,7 @@ from mmssl.finetune.layers import freeze, layer_groups, layer_ids
 from mmssl.finetune.network import ClassifierNetwork, Logits, Pool
 from mmssl.finetune.prepare import PrepareLabelled, Tokens
 from mmssl.pretrained import Pretrained, load_backbone
+from mmssl.pretrained.whole import read_checkpoint
 from mmssl.training.module import PretrainModule, Rows
 from mmssl.types import Batch, Loss
 
@@ -28,7 +29,7 @@ SHAPE = "backbone"  # of a checkpoint: what builds its backbone, so that the sou
 
 def without_source(checkpoint: str) -> dict[str, Any]:
     """A classifier's arguments, by name, with which a checkpoint of it needs no other source; of others none."""
-    shape = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(SHAPE)
+    shape = read_checkpoint(checkpoint, tensors=False).get(SHAPE)
     if shape is None:
         return {}
     name = shape.pop("name")
