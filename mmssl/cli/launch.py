@@ -7,6 +7,7 @@ written to by another one: ``--resume`` goes on with it, from its newest whole c
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 
 from mmssl.cli.cluster import fit_to_job, in_step
+from mmssl.cli.dry_run import as_dry_run, check_place
 from mmssl.cli.environment import show
 from mmssl.cli.folder import (
     ConfigFile,
@@ -123,6 +125,12 @@ class Launch(LightningCLI):
         parser.add_argument(
             "--resume_or_start", action=ActionYesNo, default=False, help="Go on if the run was begun, else start it."
         )
+        parser.add_argument(
+            "--dry_run",
+            action=ActionYesNo,
+            default=False,
+            help="Try one step, say what would be trained, keep nothing.",
+        )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -137,6 +145,8 @@ class Launch(LightningCLI):
         for name, value in options_of(self._args[1:]):
             if name not in ("config", "c", "print_config", "h", "help"):
                 checker.option(name, value)
+        if self._args[0] in ("validate", "test"):  # Lightning's table; the line of progress.py has the same numbers
+            self._subcommand_parsers[self._args[0]].set_defaults(verbose=False)
         self.config = parser.parse_args(args)
 
     def _class_names(self) -> list[str]:
@@ -167,9 +177,13 @@ class Launch(LightningCLI):
             raise UsageError(
                 f"--resume is for mmssl fit; mmssl {self.subcommand} takes the run's newest checkpoint anyway"
             )
+        if config.dry_run and not fit:
+            raise UsageError(f"--dry_run is for mmssl fit; mmssl {self.subcommand} is quick enough to be tried")
         if (config.resume or config.resume_or_start) and self.checkpoint:
             raise UsageError("give --resume or --ckpt_path, not both")
-        if fit and is_rank_zero() and (self.folder.is_dir() or not config.resume):
+        if config.dry_run:
+            check_place(self.folder)
+        elif fit and is_rank_zero() and (self.folder.is_dir() or not config.resume):
             make_folder(self.folder)
             self._at_end.enter_context(locked(self.folder))
         if config.resume_or_start:
@@ -177,7 +191,9 @@ class Launch(LightningCLI):
         if config.resume or (not fit and self.checkpoint is None):
             if not self.folder.is_dir():
                 raise UsageError(f"there is no run at {self.folder}; give its folder with --run")
-            self.checkpoint = str(latest_checkpoint(self.folder, set_aside=fit and is_rank_zero()))
+            self.checkpoint = str(
+                latest_checkpoint(self.folder, set_aside=fit and is_rank_zero() and not config.dry_run)
+            )
         if self.checkpoint is not None and not Path(self.checkpoint).exists():
             raise UsageError(f"there is no checkpoint {self.checkpoint}")
         if config.resume and 0 < config.trainer.max_steps <= step_of(Path(self.checkpoint or "")):
@@ -213,18 +229,22 @@ class Launch(LightningCLI):
         """The resolved config as a later start may read it."""
         config = config.clone()
         config.run = str(self.folder)
-        config.resume, config.resume_or_start, config.ckpt_path = False, False, None
+        config.resume, config.resume_or_start, config.dry_run, config.ckpt_path = False, False, False, None
         text: str = self._parser(self.subcommand).dump(config, skip_none=False)
         return text
 
     # ---- the Trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> pl.Trainer:
-        config["default_root_dir"] = str(self.folder)
-        config["logger"] = self._loggers(config["logger"])
         config["plugins"] = _plugins(config["plugins"])
         own = config["callbacks"] or []
         own = own if isinstance(own, list) else [own]
+        if self.config[self.subcommand].dry_run:
+            scratch = Path(self._at_end.enter_context(tempfile.TemporaryDirectory()))
+            config = as_dry_run({**config, "callbacks": own}, callbacks, self._changes, self.folder, scratch)
+            return self.trainer_class(**config)
+        config["default_root_dir"] = str(self.folder)
+        config["logger"] = self._loggers(config["logger"])
         fit = self.subcommand == "fit"
         saves = fit and not config["fast_dev_run"] and config["enable_checkpointing"] is not False
         first: list[Callback] = [Throughput()] if fit else []
@@ -248,7 +268,7 @@ class Launch(LightningCLI):
 
     def _loggers(self, asked: Any) -> list[Logger]:
         if self.subcommand != "fit":
-            return [MetricsFile(self.folder / f"{self.subcommand}.csv")]
+            return [MetricsFile(self.folder / f"{self.subcommand}.csv", first_step=0)]
         metrics = MetricsFile(self.folder / "metrics.csv")
         if asked is False:
             return [metrics]
