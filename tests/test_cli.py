@@ -67,7 +67,7 @@ def test_a_run_and_its_folder(toy_folder: Path, capsys):
     assert "from step 20 to step 25" in capsys.readouterr().out
     assert (run / "config.1.yaml").read_text() != (run / "config.yaml").read_text()
     rows = (run / "metrics.csv").read_text().splitlines()[1:]
-    assert [int(row.split(",")[0]) for row in rows] == [5, 10, 15, 20, 25]  # as in the progress lines and the checkpoints' names
+    assert [int(row.split(",")[0]) for row in rows] == [5, 10, 15, 20, 25]  # as checkpoints are named
 
 
 @pytest.mark.parametrize("run", ["runs/v0.1", "./runs/x", "../w2/runs/x2"])
@@ -83,6 +83,18 @@ def test_a_mistyped_run_is_named(toy_folder: Path, capsys):
         assert error_of(capsys, [command, "--run", "runs/aa"]).startswith("there is no run at runs/aa; give a run")
     (toy_folder / "runs/empty").mkdir(parents=True)
     assert "the run at runs/empty has no config.yaml" in error_of(capsys, ["validate", "--run", "runs/empty"])
+
+
+def test_validate_says_it_once(toy_folder: Path, capsys):
+    assert main([*FIT, "--trainer.max_steps=3"]) == 0
+    for command, title in (("validate", "validation"), ("test", "test")):
+        capsys.readouterr()
+        assert main([command, "--run", "runs/a"]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
+        assert len(lines) == 1
+        assert f"{title} loss 0.5" in lines[0]
+    assert main(["validate", "--run", "runs/a", "--verbose", "true"]) == 0
+    assert "Validate metric" in capsys.readouterr().out  # who asks for Lightning's table has it
 
 
 def test_the_folder_is_named_after_the_config(toy_folder: Path):

@@ -142,7 +142,7 @@ def changes_since(folder: Path, text: str) -> list[Change]:
     return changes
 
 
-def with_changes(arguments: dict[str, Any], changes: list[Change]) -> None:
+def with_changes(arguments: Any, changes: list[Change]) -> None:
     """Put changed options of the backbone into the arguments of a classifier, whose shape comes from its checkpoint."""
     for change in changes:
         name = change.key.rpartition(".")[2]

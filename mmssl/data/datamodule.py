@@ -226,6 +226,19 @@ class DataModule(LightningDataModule):
         """How often each source's samples have been trained on, by name; 1.5: one and a half times."""
         return {} if self._train is None else self._train.epochs(self.batches)
 
+    def describe(self, batches: int) -> dict[str, str]:
+        """What there is to train on and to validate on, for a person; ``batches``: of the whole run."""
+        said = {}
+        if self._train is not None:
+            epochs = self._train.epochs(batches)
+            for source in self._train.samples.sources:
+                title = "train" if len(epochs) == 1 else f"train {source.name}"
+                shards = source.shards
+                said[title] = f"{len(shards)} samples in {len(shards.shards)} shards, {epochs[source.name]:.3g} epochs"
+        if self._val is not None:
+            said["val"] = f"{self._val.count} of {self._val.total} samples"
+        return said
+
     def check_budget(self, gather: Callable[[Any], list[Any]]) -> None:
         """Called by all ranks together, now and then: raises TooManyBadSamples on all of them, or on none.
 

@@ -182,7 +182,7 @@ class Wandb(WandbLogger):
     def _start(self) -> Any:
         import wandb
 
-        mode, why = self._mode()
+        mode, why = self.mode()
         if mode == "disabled":
             self._dead = True
             return None
@@ -231,8 +231,8 @@ class Wandb(WandbLogger):
             path.write_text(secrets.token_hex(4))
         return path.read_text().strip()
 
-    def _mode(self) -> tuple[str, str]:
-        """(online, offline or disabled; why offline)."""
+    def mode(self) -> tuple[str, str]:
+        """(online, offline or disabled; why not online).  Asks the server whether it is there, and starts nothing."""
         asked = os.environ.get("WANDB_MODE", "").lower()
         if asked in ("disabled", "offline", "dryrun"):
             return ("disabled" if asked == "disabled" else "offline"), f"WANDB_MODE={asked}"
