@@ -41,9 +41,7 @@ COMMANDS = {
     "validate": Command("measure a run on its validation data: mmssl validate --run runs/NAME"),
     "test": Command("measure a run on its test data: mmssl test --run runs/NAME"),
     "predict": Command("write a run's guesses to its folder: mmssl predict --run runs/NAME"),
-    "submit": Command(
-        "train on a SLURM cluster: mmssl submit C.yaml [--nodes N] [options]", "mmssl.cli.submit:main"
-    ),
+    "submit": Command("train on a SLURM cluster: mmssl submit C.yaml [--nodes N] [options]", "mmssl.cli.submit:main"),
     "export": Command("write a backbone for timm and load_backbone: mmssl export RUN --out DIR", "mmssl.export:export"),
     "report": Command("print and save what a run has learnt: mmssl report runs/NAME", "mmssl.report:report"),
     "consolidate": Command(
