@@ -21,8 +21,8 @@ from mmssl.data.shards import ShardSet
 from mmssl.data.tokenizer import whole_words
 from mmssl.draws import Draws
 from mmssl.evaluation.masked import ALL, MaskedScores, masked_prediction
+from mmssl.pretrained.whole import latest_checkpoint, read_checkpoint
 from mmssl.training.callbacks.pictures import draw_grid
-from mmssl.training.checkpoint import latest_checkpoint
 from mmssl.training.tokenizer_file import tokenizer_of_run
 from mmssl.types import BadSample, Batch, Prepare, Sample
 
@@ -114,7 +114,7 @@ def load_run(folder: Path) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f"run {folder} has no checkpoint yet; it saves them as checkpoint.every_n_steps says")
     module = _build(config["model"], folder)
     checkpoint_path = latest_checkpoint(folder / "checkpoints")
-    checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(checkpoint_path)
     module.on_load_checkpoint(checkpoint)  # refuses another tokenizer
     module.load_state_dict(checkpoint["state_dict"])
     module.report_step = checkpoint["global_step"]
