@@ -104,7 +104,8 @@ class Batch(_Movable):
     keys: list[str]
     image: Image | None = None
     text: Text | None = None
-    labels: Int[Tensor, " B"] | None = None  # classes, for fine-tuning; -1 where none is known
+    # For fine-tuning: classes (-1 where none is known); many classes or numbers (NaN where they are not known).
+    labels: Int[Tensor, " B"] | Float[Tensor, "B K"] | None = None
     valid: Bool[Tensor, " B"] | None = None
     counts: dict[str, int] = field(default_factory=dict)  # items that each loss averages over, e.g. {"text": 812}
     window: dict[str, int] | None = None  # this rank's counts over the whole accumulation window

@@ -3,11 +3,9 @@
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from mmssl.backbone import Backbone, make_backbone
 from mmssl.data.crops import Crop
@@ -16,6 +14,7 @@ from mmssl.finetune.labels import Labels
 from mmssl.finetune.layers import freeze, layer_groups, layer_ids
 from mmssl.finetune.network import ClassifierNetwork, Logits, Pool
 from mmssl.finetune.prepare import PrepareLabelled, Tokens
+from mmssl.finetune.targets import Kind, make_target
 from mmssl.pretrained import Pretrained, load_backbone
 from mmssl.pretrained.whole import read_checkpoint
 from mmssl.training.module import PretrainModule, Rows
@@ -40,14 +39,16 @@ class Classifier(PretrainModule):
     """Base of the classifiers: pooled features, a linear head, cross-entropy.
 
     Args:
-        num_classes: classes are 0 to num_classes - 1.
+        num_classes: classes are 0 to num_classes - 1; for regression how many numbers there are.
+        target: class, one of the classes; multilabel, any number of them; regression, numbers (bring them to about unit
+            size).
         backbone: what :func:`mmssl.load_backbone` opens (a run's folder, a checkpoint, an export); null trains
             ``backbone_name`` from scratch.
         backbone_weights: online, or ema where the source has them.
         backbone_name, backbone_options: without a source, a timm model and further arguments of
             :class:`mmssl.Backbone`.
         img_size: another picture size in pixels than that of pretraining; positions are interpolated.
-        label_key: field of the sample's .json that holds the class; null for the .cls.
+        label_key: field of the sample's .json that holds the label; null for the .cls.
         pool: mean over all patches and text tokens, or cls, the class token (of texts alone: their first).
         mode: full trains everything; linear_probe the head alone, on features of the backbone as it stands.
         head_norm: normalise features by batch statistics before the head, as MAE's linear probe does.
@@ -72,6 +73,7 @@ class Classifier(PretrainModule):
     def __init__(
         self,
         num_classes: int,
+        target: Kind = "class",
         backbone: str | None = None,
         backbone_weights: Weights = "online",
         backbone_name: str | None = None,
@@ -91,8 +93,11 @@ class Classifier(PretrainModule):
     ) -> None:
         super().__init__(**kwargs)
         self.save_hyperparameters()
-        if num_classes < 2:
-            raise ValueError(f"num_classes is {num_classes}; there must be at least 2 classes to tell apart")
+        self.target = make_target(target, num_classes)
+        if target == "regression" and label_smoothing:
+            raise ValueError(
+                f"label_smoothing is {label_smoothing}, but numbers have no classes to spread over; take 0"
+            )
         if max_tokens is not None and max_tokens < 3:
             raise ValueError(f"max_tokens is {max_tokens}, of which [CLS] and [SEP] take 2; give at least 3")
         if mode not in get_args(Mode):
@@ -125,10 +130,7 @@ class Classifier(PretrainModule):
         freeze(encoder, frozen_layers)
         self.network = ClassifierNetwork(encoder, self.needs, num_classes, pool, probe, head_norm)
         self.loss_weights = {"label": 1.0}
-        metrics: dict[str, Any] = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
-        if num_classes > 5:
-            metrics["accuracy_top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
-        self.metrics = MetricCollection(metrics, compute_groups=False)
+        self.metrics = MetricCollection(self.target.metrics(), compute_groups=False)
 
     def _from_scratch(self, name: str | None, options: dict[str, Any], tokenizer: str | None) -> Backbone:
         if name is None:
@@ -171,7 +173,7 @@ class Classifier(PretrainModule):
         if self.tokenizer is not None:
             tokens = Tokens(self.tokenizer, self.max_tokens, self.pad_to_multiple_of)
         backbone = self.network.backbone
-        labels = Labels(self.num_classes, self.label_key, required=not predicts)
+        labels = Labels(self.target, self.label_key, required=not predicts)
         return PrepareLabelled(self.crop(train), tokens, labels, backbone.num_patches)
 
     def crop(self, train: bool) -> Crop | None:
@@ -185,13 +187,14 @@ class Classifier(PretrainModule):
         logits = prediction.logits.float()
         targets = batch.labels if prediction.targets is None else prediction.targets
         smoothing = self.label_smoothing if self.training else 0.0
-        errors = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)  # B
+        errors = self.target.errors(logits, targets, smoothing)  # B
         if batch.valid is not None:
             return {"label": Loss((errors * batch.valid).sum(), batch.valid.sum().float())}
         count = torch.full((), float(len(errors)), device=errors.device)
         losses = {"label": Loss(errors.sum(), count)}
         if prediction.targets is None:
-            losses["accuracy"] = Loss((logits.detach().argmax(-1) == batch.labels).sum().float(), count)
+            for name, total in self.target.hits(logits.detach(), batch.labels).items():
+                losses[name] = Loss(total, count)
         return losses
 
     def measure(self, prediction: Logits, batch: Batch) -> None:
@@ -200,7 +203,7 @@ class Classifier(PretrainModule):
         if batch.valid is not None:
             logits, labels = logits[batch.valid], labels[batch.valid]
         if len(labels):
-            self.metrics.update(logits, labels)
+            self.metrics.update(*self.target.scores(logits, labels))
 
     def measured(self) -> dict[str, Tensor]:
         values = cast(dict[str, Tensor], self.metrics.compute())
@@ -208,18 +211,13 @@ class Classifier(PretrainModule):
         return values
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Rows:
-        """A line for each sample: key, label (the likeliest class), truth (null if unknown), probabilities."""
+        """A line for each sample: key, prediction, truth (null if unknown); see each target's ``row``."""
         assert batch.labels is not None
-        probabilities = torch.softmax(self(batch).logits.float(), -1).cpu()
+        logits, labels = self(batch).logits.float().cpu(), batch.labels.cpu()
         valid = [True] * batch.size if batch.valid is None else batch.valid.tolist()
         rows = [
-            {
-                "key": key,
-                "label": int(row.argmax()),
-                "truth": truth if truth >= 0 else None,
-                "probabilities": [round(p, 6) for p in row.tolist()],
-            }
-            for key, truth, row, use in zip(batch.keys, batch.labels.tolist(), probabilities, valid, strict=True)
+            {"key": key, **self.target.row(row, label)}
+            for key, label, row, use in zip(batch.keys, labels, logits, valid, strict=True)
             if use
         ]
         return Rows("labels", rows)

@@ -41,6 +41,8 @@ class ImageClassifier(_Pictures):
     ) -> None:
         super().__init__(tokenizer=None, max_tokens=None, **kwargs)
         self._set_crops(crop_scale, flip)
+        if (mixup or cutmix) and self.target.kind != "class":
+            raise ValueError(f"mixup {mixup} and cutmix {cutmix} mix classes, but target is {self.target.kind}; take 0")
         self.mixing = Mixing(mixup, cutmix, self.num_classes)
 
     def forward(self, batch: Batch) -> Logits:

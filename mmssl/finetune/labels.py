@@ -1,47 +1,46 @@
-"""The class of a sample: from its .cls, or from a field of its .json."""
+"""The label of a sample: from its .cls, or from a field of its .json."""
 
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from mmssl.data.shards import ShardSet
+from mmssl.finetune.targets import Target
 from mmssl.types import BadSample, Sample
 
-UNKNOWN = -1  # a class that is not known, where none is needed
 _LOOKED_AT = 64  # samples, before a run
-_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Reads classes 0 to ``num_classes`` - 1.
+    """Reads what ``target`` is given.
 
     Args:
-        num_classes: how many classes there are.
-        key: field of the sample's .json that holds the class; None for the .cls, an integer as text.
-        required: False gives -1 where there is no usable class (predictions need none).
+        target: one class, many, or numbers.
+        key: field of the sample's .json that holds the label; None for the .cls, as text.
+        required: False gives ``target.unknown`` where there is no usable label (predictions need none).
     """
 
-    num_classes: int
+    target: Target
     key: str | None = None
     required: bool = True
 
-    def of(self, sample: Sample) -> int:
-        """The class.
+    def of(self, sample: Sample) -> Any:
+        """The label.
 
         Raises:
-            BadSample: ``no_label``, ``label_not_a_number`` or ``label_out_of_range``.
+            BadSample: ``no_label``, ``label_not_a_number``, ``label_out_of_range`` or ``label_of_wrong_length``.
         """
         try:
             return self._read(sample)
         except BadSample:
             if self.required:
                 raise
-            return UNKNOWN
+            return self.target.unknown
 
     def check(self, shards: ShardSet) -> None:
-        """Raises ValueError if none of a few samples, spread over the shards, has a usable class."""
+        """Raises ValueError if none of a few samples, spread over the shards, has a usable label."""
         count = min(_LOOKED_AT, len(shards))
         if not self.required or not count:
             return
@@ -59,8 +58,8 @@ class Labels:
         if len(values) == count:
             remedy = f"set model.num_classes to {max(values) + 1} or more" if min(values) >= 0 else "classes begin at 0"
             raise ValueError(
-                f"all {count} labels looked at {where} lie outside 0 to {self.num_classes - 1} (they go from "
-                f"{min(values)} to {max(values)}, num_classes is {self.num_classes}); {remedy}"
+                f"all {count} labels looked at {where} lie outside 0 to {self.target.count - 1} (they go from "
+                f"{min(values)} to {max(values)}, num_classes is {self.target.count}); {remedy}"
             )
         found = ", ".join(f"{n} x {reason}" for reason, n in reasons.most_common())
         raise ValueError(
@@ -68,20 +67,17 @@ class Labels:
             f"{shards.shards[0].path}); set model.label_key to the json's field with the class, or null for .cls"
         )
 
-    def _read(self, sample: Sample) -> int:
-        value = self._text(sample) if self.key is None else self._field(sample, self.key)
-        if not 0 <= value < self.num_classes:
-            raise BadSample("label_out_of_range", f"{value} is not within 0 to {self.num_classes - 1}")
-        return value
+    def _read(self, sample: Sample) -> Any:
+        return self.target.read(self._text(sample) if self.key is None else self._field(sample, self.key))
 
     @staticmethod
-    def _text(sample: Sample) -> int:
+    def _text(sample: Sample) -> str:
         if "cls" not in sample.members:
             raise BadSample("no_label", f"no .cls; members {', '.join(sorted(sample.members))}")
-        return _number(sample.members["cls"].decode("utf-8", errors="backslashreplace"))
+        return sample.members["cls"].decode("utf-8", errors="backslashreplace")
 
     @staticmethod
-    def _field(sample: Sample, key: str) -> int:
+    def _field(sample: Sample, key: str) -> Any:
         if "json" not in sample.members:
             raise BadSample("no_label", f"no .json; members {', '.join(sorted(sample.members))}")
         try:
@@ -91,15 +87,4 @@ class Labels:
         value = fields.get(key) if isinstance(fields, dict) else None
         if value is None:
             raise BadSample("no_label", f"the json has no {key!r}")
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        return _number(value if isinstance(value, str) else json.dumps(value))
-
-
-def _number(text: str) -> int:
-    text = text.strip()
-    if not text:
-        raise BadSample("no_label", "empty")
-    if not _INTEGER.fullmatch(text):
-        raise BadSample("label_not_a_number", f"{text[:40]!r} is no integer")
-    return int(text)
+        return value

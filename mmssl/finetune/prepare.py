@@ -1,10 +1,10 @@
-"""The loader's half of fine-tuning: pictures, texts or pairs with their class.
+"""The loader's half of fine-tuning: pictures, texts or pairs with their label.
 
 Axes: see :mod:`mmssl.types`.  L tokens of one text.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from mmssl.types import BadSample, Batch, Image, Sample, Text, ceil_to
 
 
 class Example(NamedTuple):
-    label: int
+    label: Any
     pixels: UInt8[Tensor, "C H W"] | None
     input_ids: Int[np.ndarray, " L"] | None
 
@@ -65,12 +65,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class PrepareLabelled:
-    """Decode, crop, tokenize, read the class.
+    """Decode, crop, tokenize, read the label.
 
     Args:
         crop: None for texts alone.
         tokens: None for pictures alone.
-        labels: how the class is read.
+        labels: how the label is read.
         patches: of a picture, all of which are visible.
     """
 
@@ -85,7 +85,7 @@ class PrepareLabelled:
         return tuple(name for name, needed in parts.items() if needed)
 
     def check(self, shards: ShardSet) -> None:
-        """Raises ValueError for shards whose classes cannot be used."""
+        """Raises ValueError for shards whose labels cannot be used."""
         self.labels.check(shards)
 
     def sample(self, sample: Sample, draws: Draws, index: int) -> Example:
@@ -101,7 +101,7 @@ class PrepareLabelled:
             keys=[],
             image=self._image(pixels) if pixels else None,
             text=self.tokens.collate(texts) if self.tokens is not None else None,
-            labels=torch.tensor([e.label for e in examples]),
+            labels=self.labels.target.stack([e.label for e in examples]),
             counts={"label": sum(valid) if valid is not None else len(examples)},
         )
 

@@ -15,12 +15,15 @@ from mmssl.data.budget import TooManyBadSamples
 from mmssl.data.shards import ShardSet
 from mmssl.data.tar import ShardError
 from mmssl.finetune.labels import Labels
+from mmssl.finetune.targets import ManyClasses, Numbers, OneClass, Target
 from mmssl.types import BadSample, Sample
 
 
-def of(cls: bytes | None = None, fields: bytes | None = None, key: str | None = None) -> int:
+def of(
+    cls: bytes | None = None, fields: bytes | None = None, key: str | None = None, target: Target | None = None
+) -> Any:
     members = {name: data for name, data in {"cls": cls, "json": fields}.items() if data is not None}
-    return Labels(10, key).of(Sample("a", "a.tar", members))
+    return Labels(target or OneClass(10), key).of(Sample("a", "a.tar", members))
 
 
 @pytest.mark.parametrize("text", [b"7", b" 7\n", b"+7", b"007"])
@@ -67,8 +70,8 @@ def test_wrong_labels_have_a_reason(read: Callable[[], int], reason: str) -> Non
 
 
 def test_nothing_is_required_where_labels_are_not() -> None:
-    assert Labels(10, required=False).of(Sample("a", "a.tar", {})) == -1
-    assert Labels(10, required=False).of(Sample("a", "a.tar", {"cls": b"3"})) == 3
+    assert Labels(OneClass(10), required=False).of(Sample("a", "a.tar", {})) == -1
+    assert Labels(OneClass(10), required=False).of(Sample("a", "a.tar", {"cls": b"3"})) == 3
 
 
 @pytest.mark.parametrize(
@@ -119,5 +122,45 @@ def test_labels_from_a_json_field_train(tmp_path: Path) -> None:
     shard = write_labelled(tmp_path / "a.tar", 16, dict.fromkeys(range(16), "wrong"))
     module = mmssl.ImageClassifier(**SCRATCH, label_key="colour")
     trainer(tmp_path, 2).fit(module, mmssl.DataModule(shard, batch_size=4, num_workers=0))
-    labels = [Labels(4, "colour").of(ShardSet(shard).read(i)) for i in range(16)]
+    labels = [Labels(OneClass(4), "colour").of(ShardSet(shard).read(i)) for i in range(16)]
     assert labels == [i % 4 for i in range(16)]
+
+
+@pytest.mark.parametrize("text", [b"0 2", b"2,0", b" 2, 0 0\n"])
+def test_many_classes(text: bytes) -> None:
+    assert of(text, target=ManyClasses(3)) == [1, 0, 1]
+    assert of(fields=b'{"tags": [0, 2]}', key="tags", target=ManyClasses(3)) == [1, 0, 1]
+    assert of(fields=b'{"tags": []}', key="tags", target=ManyClasses(3)) == [0, 0, 0]  # said, and not merely missing
+    assert of(fields=b'{"tags": 1}', key="tags", target=ManyClasses(3)) == [0, 1, 0]
+
+
+@pytest.mark.parametrize("text", [b"1.5 -2", b"1.5, -2e0"])
+def test_numbers(text: bytes) -> None:
+    assert of(text, target=Numbers(2)) == [1.5, -2]
+    assert of(fields=b'{"box": [1.5, -2]}', key="box", target=Numbers(2)) == [1.5, -2]
+    assert of(fields=b'{"size": 7}', key="size", target=Numbers(1)) == [7]
+
+
+@pytest.mark.parametrize(
+    ("read", "reason"),
+    [
+        (lambda: of(b" ", target=ManyClasses(3)), "no_label"),
+        (lambda: of(b"0 cat", target=ManyClasses(3)), "label_not_a_number"),
+        (lambda: of(b"0 3", target=ManyClasses(3)), "label_out_of_range"),
+        (lambda: of(fields=b'{"tags": [true]}', key="tags", target=ManyClasses(3)), "label_not_a_number"),
+        (lambda: of(fields=b'{"tags": [[0]]}', key="tags", target=ManyClasses(3)), "label_not_a_number"),
+        (lambda: of(fields=b'{"tags": {"0": 1}}', key="tags", target=ManyClasses(3)), "label_not_a_number"),
+        (lambda: of(b"", target=Numbers(1)), "no_label"),
+        (lambda: of(b"1 2", target=Numbers(1)), "label_of_wrong_length"),
+        (lambda: of(b"nan", target=Numbers(1)), "label_not_a_number"),
+        (lambda: of(b"1e999", target=Numbers(1)), "label_not_a_number"),
+        (lambda: of(b"tall", target=Numbers(1)), "label_not_a_number"),
+        (lambda: of(fields=b'{"size": true}', key="size", target=Numbers(1)), "label_not_a_number"),
+        (lambda: of(fields=b'{"size": [null]}', key="size", target=Numbers(1)), "label_not_a_number"),
+        (lambda: of(fields=b'{"size": ' + b"9" * 400 + b"}", key="size", target=Numbers(1)), "label_not_a_number"),
+    ],
+)
+def test_labels_of_other_kinds_that_cannot_be_used(read: Callable[[], Any], reason: str) -> None:
+    with pytest.raises(BadSample) as error:
+        read()
+    assert error.value.reason == reason

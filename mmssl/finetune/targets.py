@@ -1,0 +1,207 @@
+"""What a sample is given: one class, any number of classes, or numbers.  How each is read, compared and measured.
+
+Axes: B samples, K classes or values.
+"""
+
+import json
+import math
+import re
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision, MultilabelF1Score
+from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
+
+from mmssl.types import BadSample
+
+Kind = Literal["class", "multilabel", "regression"]
+
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+
+
+class OneClass:
+    """One of K classes: cross-entropy; ``accuracy``, and ``accuracy_top5`` where there are more than five."""
+
+    kind: ClassVar[Kind] = "class"
+    least: ClassVar[int] = 2
+    unknown: Any = -1
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def read(self, value: Any) -> int:
+        """A class from the text of a .cls or a value of a .json.
+
+        Raises:
+            BadSample: ``no_label``, ``label_not_a_number`` or ``label_out_of_range``.
+        """
+        return _class(value, self.count)
+
+    def stack(self, labels: list[Any]) -> Tensor:
+        return torch.tensor(labels)
+
+    def errors(self, logits: Float[Tensor, "B K"], labels: Tensor, smoothing: float) -> Float[Tensor, " B"]:
+        """The loss of each sample; ``labels`` may be distributions over the classes."""
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+
+    def hits(self, logits: Float[Tensor, "B K"], labels: Tensor) -> dict[str, Tensor]:
+        """What is counted in training, too: sums over the samples."""
+        return {"accuracy": (logits.argmax(-1) == labels).sum().float()}
+
+    def metrics(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"accuracy": MulticlassAccuracy(self.count, average="micro")}
+        if self.count > 5:
+            found["accuracy_top5"] = MulticlassAccuracy(self.count, top_k=5, average="micro")
+        return found
+
+    def scores(self, logits: Float[Tensor, "B K"], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What the metrics take."""
+        return logits, labels
+
+    def row(self, logits: Float[Tensor, " K"], label: Tensor) -> dict[str, Any]:
+        """A prediction as it is written to a file."""
+        truth = int(label)
+        return {
+            "label": int(logits.argmax()),
+            "truth": truth if truth >= 0 else None,
+            "probabilities": _rounded(torch.softmax(logits, -1)),
+        }
+
+
+class ManyClasses(OneClass):
+    """Any number of K classes: binary cross-entropy, averaged over the classes; ``mAP`` and ``f1`` (macro, at 0.5).
+
+    A .cls holds the classes' numbers, with spaces or commas between them; a .json a list, which may be empty.
+    """
+
+    kind: ClassVar[Kind] = "multilabel"
+    least: ClassVar[int] = 1
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.unknown = [math.nan] * count
+
+    def read(self, value: Any) -> Any:
+        if isinstance(value, str):
+            value = value.replace(",", " ").split()
+            if not value:
+                raise BadSample("no_label", "empty")
+        chosen = {_class(entry, self.count) for entry in (value if isinstance(value, list) else [value])}
+        return [float(number in chosen) for number in range(self.count)]
+
+    def errors(self, logits: Float[Tensor, "B K"], labels: Tensor, smoothing: float) -> Float[Tensor, " B"]:
+        labels = labels.to(logits.dtype) * (1 - smoothing) + 0.5 * smoothing
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
+
+    def hits(self, logits: Float[Tensor, "B K"], labels: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def metrics(self) -> dict[str, Any]:
+        return {
+            "mAP": MultilabelAveragePrecision(self.count, average="macro"),
+            "f1": MultilabelF1Score(self.count, average="macro"),
+        }
+
+    def scores(self, logits: Float[Tensor, "B K"], labels: Tensor) -> tuple[Tensor, Tensor]:
+        return logits.sigmoid(), labels.long()
+
+    def row(self, logits: Float[Tensor, " K"], label: Tensor) -> dict[str, Any]:
+        known = not bool(label.isnan().any())
+        return {
+            "labels": torch.nonzero(logits > 0).flatten().tolist(),
+            "truth": torch.nonzero(label > 0.5).flatten().tolist() if known else None,
+            "probabilities": _rounded(logits.sigmoid()),
+        }
+
+
+class Numbers(OneClass):
+    """K numbers: squared error, averaged over them; ``mae``, ``rmse`` and ``r2``.
+
+    A .cls holds the numbers, with spaces or commas between them; a .json a number or a list of K.
+    """
+
+    kind: ClassVar[Kind] = "regression"
+    least: ClassVar[int] = 1
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.unknown = [math.nan] * count
+
+    def read(self, value: Any) -> Any:
+        if isinstance(value, str):
+            value = value.replace(",", " ").split()
+        numbers = [_number(entry) for entry in (value if isinstance(value, list) else [value])]
+        if not numbers:
+            raise BadSample("no_label", "empty")
+        if len(numbers) != self.count:
+            raise BadSample("label_of_wrong_length", f"{len(numbers)} numbers, not {self.count}")
+        return numbers
+
+    def errors(self, logits: Float[Tensor, "B K"], labels: Tensor, smoothing: float) -> Float[Tensor, " B"]:
+        return (logits - labels.to(logits.dtype)).square().mean(-1)
+
+    def hits(self, logits: Float[Tensor, "B K"], labels: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def metrics(self) -> dict[str, Any]:
+        return {
+            "mae": MeanAbsoluteError(),
+            "rmse": MeanSquaredError(squared=False),
+            "r2": _R2(),
+        }
+
+    def row(self, logits: Float[Tensor, " K"], label: Tensor) -> dict[str, Any]:
+        return {"values": _rounded(logits), "truth": None if bool(label.isnan().any()) else _rounded(label)}
+
+
+class _R2(R2Score):
+    """NaN, not an error, of fewer than two samples."""
+
+    def compute(self) -> Tensor:
+        return super().compute() if self.total >= 2 else torch.full((), math.nan, device=self.device)
+
+
+Target = OneClass
+_KINDS: dict[str, type[Target]] = {kind.kind: kind for kind in (OneClass, ManyClasses, Numbers)}
+
+
+def make_target(kind: str, count: int) -> Target:
+    """Raises ValueError for an unknown kind, or too few classes."""
+    if kind not in _KINDS:
+        raise ValueError(f"target is {kind!r}; choose class, multilabel or regression")
+    chosen = _KINDS[kind]
+    if count < chosen.least:
+        what = "classes to tell apart" if kind == "class" else "class" if kind == "multilabel" else "value"
+        raise ValueError(f"num_classes is {count}; there must be at least {chosen.least} {what}")
+    return chosen(count)
+
+
+def _class(value: Any, count: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        text = (value if isinstance(value, str) else json.dumps(value)).strip()
+        if not text:
+            raise BadSample("no_label", "empty")
+        if not _INTEGER.fullmatch(text):
+            raise BadSample("label_not_a_number", f"{text[:40]!r} is no integer")
+        value = int(text)
+    if not 0 <= value < count:
+        raise BadSample("label_out_of_range", f"{value} is not within 0 to {count - 1}")
+    return value
+
+
+def _number(value: Any) -> float:
+    shown = json.dumps(value)[:40]
+    try:
+        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadSample("label_not_a_number", f"{shown} is no finite number")
+    return number
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 6) for value in values.tolist()]

@@ -1,0 +1,119 @@
+"""Many classes and numbers as targets: losses and metrics against scikit-learn's, and real training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from pairs import TINY, picture
+from sklearn.metrics import average_precision_score, f1_score, log_loss, mean_absolute_error, r2_score
+from test_classifiers import trainer
+
+import mmssl
+from mmssl.draws import Draws
+from mmssl.finetune.targets import make_target
+from mmssl.types import Batch, Sample
+
+SCRATCH: dict[str, Any] = {"backbone_name": "vit_tiny_patch16_224", "backbone_options": TINY}
+
+
+def labelled(path: Path, samples: int) -> str:
+    """Squares: their colour and their paper's as classes, their width and the colour's number as numbers."""
+    with webdataset.TarWriter(str(path)) as writer:
+        for i in range(samples):
+            colours = [i % 4, (i * 7 + i // 4) % 4]
+            fields = {"colours": colours, "red": [float(colours[0] == 0), 0.1 * colours[1]]}
+            writer.write({"__key__": f"{i:06d}", "png": picture(i), "json": json.dumps(fields).encode()})
+    return str(path)
+
+
+def batch_of(module: Any, labels: list[str]) -> Batch:
+    prepare = module.prepare(train=False)
+    samples = [Sample(str(i), "a", {"png": picture(i), "cls": text.encode()}) for i, text in enumerate(labels)]
+    batch: Batch = prepare.collate([prepare.sample(sample, Draws(0, i), 0) for i, sample in enumerate(samples)])
+    batch.keys = [sample.key for sample in samples]
+    batch.valid = torch.ones(len(labels), dtype=torch.bool)
+    return batch
+
+
+def test_many_classes_equal_scikit_learns_figures() -> None:
+    torch.manual_seed(0)
+    module = mmssl.ImageClassifier(num_classes=3, target="multilabel", **SCRATCH).eval()
+    batch = batch_of(module, ["0", "1 2", "0 2", "1", "2", "0 1 2", "1 0"])
+    truth = batch.labels.numpy()
+    prediction = module(batch)
+    logits = prediction.logits.detach()
+    scores = logits.sigmoid().numpy().astype(np.float64)
+    total, count = module.compare(prediction, batch)["label"]
+    expected = np.mean([log_loss(truth[:, k], scores[:, k], labels=[0, 1]) for k in range(3)])
+    assert float(total / count) == pytest.approx(expected, rel=1e-5)
+    module.measure(prediction, batch)
+    found = module.measured()
+    assert float(found["mAP"]) == pytest.approx(average_precision_score(truth, scores, average="macro"), abs=1e-5)
+    f1 = f1_score(truth, scores > 0.5, average="macro", zero_division=0)
+    assert float(found["f1"]) == pytest.approx(f1, abs=1e-5)
+    row = module.predict_step(batch, 0).rows[1]
+    assert (row["truth"], row["labels"]) == ([1, 2], np.flatnonzero(scores[1] > 0.5).tolist())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_numbers_equal_scikit_learns_figures(count: int) -> None:
+    torch.manual_seed(0)
+    module = mmssl.ImageClassifier(num_classes=count, target="regression", **SCRATCH).eval()
+    batch = batch_of(module, [" ".join(f"{i * 0.3 - k}" for k in range(count)) for i in range(6)])
+    truth = batch.labels.numpy()
+    prediction = module(batch)
+    values = prediction.logits.detach().numpy()
+    total, count_ = module.compare(prediction, batch)["label"]
+    assert float(total / count_) == pytest.approx(((values - truth) ** 2).mean(), rel=1e-5)
+    module.measure(prediction, batch)
+    found = {name: float(value) for name, value in module.measured().items()}
+    assert found["mae"] == pytest.approx(mean_absolute_error(truth, values), rel=1e-5)
+    assert found["rmse"] == pytest.approx(np.sqrt(((values - truth) ** 2).mean()), rel=1e-5)
+    assert found["r2"] == pytest.approx(r2_score(truth, values), rel=1e-4)
+    assert module.predict_step(batch, 0).rows[2]["truth"] == pytest.approx(truth[2].tolist())
+    one = batch_of(module, [" ".join(["1"] * count)])
+    module.measure(module(one), one)
+    assert np.isnan(float(module.measured()["r2"]))  # of one sample there is none, and no run ends of it
+
+
+@pytest.mark.parametrize(
+    ("target", "key", "metric", "least"), [("multilabel", "colours", "mAP", 0.95), ("regression", "red", "r2", 0.8)]
+)
+def test_they_are_learnt(target: Any, key: str, metric: str, least: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shard = labelled(tmp_path / "a.tar", 48)
+    count = 4 if target == "multilabel" else 2
+    module = mmssl.ImageClassifier(
+        num_classes=count, target=target, label_key=key, lr=3e-3, crop_scale=(0.9, 1.0), **SCRATCH
+    )
+    run = trainer(tmp_path, 150)
+    run.fit(module, mmssl.DataModule(shard, shard, batch_size=16, num_workers=0))
+    assert run.logged_metrics[f"val/{metric}"] > least
+
+
+@pytest.mark.parametrize("target", ["class", "multilabel", "regression"])
+def test_predictions_need_no_labels(target: str) -> None:
+    kind = make_target(target, 3)
+    row = kind.row(torch.zeros(3), kind.stack([kind.unknown])[0])
+    assert row["truth"] is None
+    json.dumps(row, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 1}, "num_classes is 1; there must be at least 2 classes"),
+        ({"num_classes": 0, "target": "multilabel"}, "num_classes is 0; there must be at least 1 class"),
+        ({"target": "regression", "label_smoothing": 0.1}, "label_smoothing is 0.1"),
+        ({"target": "regression", "mixup": 0.8}, "mixup 0.8 and cutmix 0.0 mix classes, but target is regression"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mmssl.ImageClassifier(**{"num_classes": 3, **SCRATCH, **options})
+    with pytest.raises(ValueError, match="target is 'ranking'; choose class, multilabel or regression"):
+        make_target("ranking", 3)
