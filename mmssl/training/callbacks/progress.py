@@ -98,7 +98,9 @@ class Lines(ProgressBar):
         self._metrics(trainer, "test", "test/")
 
     def _metrics(self, trainer: pl.Trainer, title: str, prefix: str) -> None:
-        values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
+        # In training, what the steps log stands there as well; outside, everything is a result, whatever its name.
+        every = trainer.state.fn != "fit"
+        values = {k: float(v) for k, v in trainer.callback_metrics.items() if every or k.startswith(prefix)}
         if values:
             self._line(f"{title} " + " ".join(f"{k.removeprefix(prefix)} {v:.4g}" for k, v in values.items()))
 
