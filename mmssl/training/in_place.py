@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from mmssl.pretrained.whole import REPLACED
+from mmssl.pretrained.whole import REPLACED, first_line
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -51,6 +51,18 @@ def remove(path: Path) -> None:
             path.unlink()
     except OSError:
         return  # it is gone, or cannot go; neither is worth stopping a run
+
+
+def why_not_written(error: BaseException) -> str:
+    """What a person is told of a failed write, in one line."""
+    told: BaseException | None = error
+    while told is not None:
+        if isinstance(told, OSError):
+            return told.strerror or first_line(told)
+        told = told.__cause__ or told.__context__
+    if "inline_container" in str(error):  # torch's writer of archives, which only counts that bytes are missing
+        return "it could not be written to its end (disk full, or a quota or limit reached?)"
+    return first_line(error)
 
 
 def sync_folder(folder: Path) -> None:

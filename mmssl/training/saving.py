@@ -21,7 +21,7 @@ from lightning.fabric.plugins import CheckpointIO
 from mmssl.pretrained.whole import CheckpointError, first_line, read_checkpoint
 from mmssl.training.fsdp_checkpoint import SavesSharded
 from mmssl.training.host_copy import HostCopy
-from mmssl.training.in_place import put_in_place, remove
+from mmssl.training.in_place import put_in_place, remove, why_not_written
 from mmssl.training.together import check_together, fail_together
 
 
@@ -57,7 +57,7 @@ class AtomicCheckpointIO(CheckpointIO):
             ) from error
         except (OSError, RuntimeError) as error:  # a full disk is an OSError or torch's RuntimeError
             raise CheckpointError(
-                f"cannot save {path}: {first_line(error)}; earlier checkpoints are untouched, "
+                f"cannot save {path}: {why_not_written(error)}; earlier checkpoints are untouched, "
                 "free some space or make the folder writable, then go on with --resume"
             ) from error
         finally:

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from mmssl.pretrained.sharded import CHECKSUMS, META, PLACES, TABLE, checksum, read_table
 from mmssl.pretrained.whole import CheckpointError, first_line
-from mmssl.training.in_place import put_in_place, sync_folder
+from mmssl.training.in_place import put_in_place, sync_folder, why_not_written
 from mmssl.training.together import hear_all, raise_first
 
 # What is distributed even where a rank holds it whole: the rest is rank 0's, in META.
@@ -122,9 +122,8 @@ def _why(error: BaseException, path: Path) -> str:
             f"cannot save {path}: a value in it is neither a tensor nor plain Python ({first_line(error)}); "
             "look for a Path or an object among the hyperparameters and the states of modules and callbacks"
         )
-    reason = error.strerror or first_line(error) if isinstance(error, OSError) else first_line(error)
     return (
-        f"cannot save {path}: {reason}; earlier checkpoints are untouched, "
+        f"cannot save {path}: {why_not_written(error)}; earlier checkpoints are untouched, "
         "free some space or make the folder writable, then go on with --resume"
     )
 
