@@ -32,7 +32,8 @@ export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 if [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ]; then
   TASKS_PER_NODE=$SLURM_GPUS_ON_NODE
 else
-  TASKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-1}  # a job without GPUs
+  TASKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-1}  # a job without GPUs: --gpus-per-node=0 --ntasks-per-node=4 --cpus-per-task=8
+  unset SLURM_GPUS_PER_NODE SLURM_CPUS_PER_GPU  # srun would read them, and refuse GPUs that are none
 fi
 
 # The image, if there is one: a .sif for Apptainer, anything else for the Pyxis plugin of srun.

@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if signals.current.phase == "starting" and signals.current.preempted:
             # Another rank or a process of a pool left first; what failed here failed because of that.
+            signals.keep_exit_code()
             return _exit_code(signals.NothingBegun(signals.current.name))
         if os.environ.get("MMSSL_TRACEBACK") == "1":
             raise

@@ -157,7 +157,24 @@ def handled() -> Iterator[Signals]:
     global current
     current = Signals()
     current.install()
+    leaving = False
     try:
         yield current
+    except SystemExit as stop:
+        leaving = stop.code == EXIT_PREEMPTED
+        raise
     finally:
         current.uninstall()
+        if leaving:
+            keep_exit_code()
+
+
+def keep_exit_code() -> None:
+    """Let no further signal change the exit code of a process that srun started.
+
+    srun ends all ranks with SIGTERM once one has left.  Those that are still tidying up have to leave with 75 too: srun
+    returns the highest code of all, and a signal's would hide that the run is to be requeued.
+    """
+    if "SLURM_STEP_ID" in os.environ and threading.current_thread() is threading.main_thread():
+        for signum in PREEMPTING:
+            signal.signal(signum, signal.SIG_IGN)
