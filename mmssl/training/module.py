@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from mmssl.draws import mix
 from mmssl.pretrained.whole import FORMAT, check_format
 from mmssl.training.guard import StepGuard
 from mmssl.training.messages import warn
@@ -180,6 +181,12 @@ class PretrainModule(LightningModule):
             self.network.backbone.compile_blocks()  # type: ignore[operator, union-attr]
             self.compile_blocks = False  # configure_model is called again for every fit, validate, …
         distribute(self, self.network, self.leaves_unused)  # outside of what is compiled and recomputed
+
+    def on_train_start(self) -> None:
+        # The ranks are seeded alike, to begin alike; from here on each drops paths of its own.  A resumed run takes
+        # its generators' state over later, before its first batch.
+        if self.global_rank:
+            torch.manual_seed(mix(torch.initial_seed(), self.global_rank) >> 1)  # 63 bits, as seeds are
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._last_batch = batch.index

@@ -1,0 +1,228 @@
+"""DDP and FSDP2 on two real ranks train what one process trains, and what they stopped they go on with exactly."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import parallel_run
+import pytest
+import torch
+from finetune.labelled import write_labelled
+
+from mmssl.training.callbacks.ledger import read_ledger
+from mmssl.training.checkpoint import AtomicCheckpointIO
+
+HERE = Path(__file__).parent
+CLIP = 0.05  # every step's gradient is longer
+
+
+@pytest.fixture
+def base(tmp_path: Path, tokenizer_path: str, pair_shards: str) -> dict[str, Any]:
+    return {
+        "tokenizer": tokenizer_path,
+        "train": pair_shards,
+        "val": pair_shards,
+        "batch": 16,
+        "folder": str(tmp_path / "run"),
+    }
+
+
+@pytest.fixture
+def no_ranks_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group that a test made in this process goes with it."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def on_two_ranks(folder: Path, cases: dict[str, Any]) -> dict[str, Any]:
+    file, out = folder / "cases.json", folder / "found.pt"
+    file.write_text(json.dumps(cases))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (HERE.parent, HERE.parents[1])))}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "parallel_run.py"), str(file), str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = torch.load(out, weights_only=True)
+    return found
+
+
+def same(one: dict[str, Any], two: dict[str, Any], case: str, tolerance: float = 1e-5) -> None:
+    """Losses, metrics and gradient norms of every step, gradients, weights and validation."""
+    assert len(one["steps"]) == len(two["steps"]), case
+    for step, (left, right) in enumerate(zip(one["steps"], two["steps"], strict=True)):
+        assert right == pytest.approx(left, rel=tolerance, abs=tolerance), (case, step)
+    for step, (mine, theirs) in enumerate(zip(one["grads"], two["grads"], strict=True)):
+        for name, gradient in mine.items():
+            if gradient is None:  # of a parameter that the step did not use: AdamW does not decay it then
+                assert theirs[name] is None, (case, step, name)
+                continue
+            torch.testing.assert_close(theirs[name], gradient, rtol=tolerance, atol=tolerance, msg=f"{case} {name}")
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=tolerance, atol=tolerance, msg=f"{case} {name}")
+    assert two["val"] == pytest.approx(one["val"], rel=tolerance, abs=tolerance), case
+
+
+def test_two_ranks_train_what_one_process_trains(base: dict[str, Any], tmp_path: Path) -> None:
+    """The captions have 7 to 12 words: counts are uneven, so a division per rank or micro-batch would show."""
+    mixture = {
+        "pairs": {"shards": base["train"]},
+        "pictures": {"shards": base["train"], "only": "image"},
+        "texts": {"shards": base["train"], "only": "text"},
+    }
+    labelled = write_labelled(tmp_path / "labelled.tar", 32)
+    half = {"batch": 8, "accumulate": 2}
+    mixed = {"model": "MMM", "train": mixture, "sgd": False, "steps": 4}
+    mixed["arguments"] = {"weight_decay": 0.5, "eps": 1e-3}
+    cases: dict[str, dict[str, Any]] = {
+        # Rank 1 begins with other weights, until it takes rank 0's.
+        "MLM": {"model": "MLM", "unlike": True, "arguments": {"mask_ratio": 0.5}},
+        "MAE": {"model": "MAE"},
+        "MMM": {"model": "MMM", "batch": 10, "arguments": {"text_mask_ratio": 0.5}},
+        "parts": {"model": "MLM", **half, "arguments": {"mask_ratio": 0.5, "clip_grad_norm": CLIP}},
+        "recomputed": {"model": "MMM", **half, "arguments": {"options": {"grad_checkpointing": True}}},
+        "mixture": {**mixed, "batch": 8},
+        "mixture in parts": {**mixed, **half},  # the last micro-batch may use less than the ones before it
+        "classes": {"model": "ImageClassifier", "train": labelled, "val": labelled, "batch": 8},
+    }
+    cases = {name: {**base, **case} for name, case in cases.items()}
+    two = on_two_ranks(
+        tmp_path, {f"{name} {s}": {**case, "strategy": s} for name, case in cases.items() for s in ("ddp", "fsdp")}
+    )
+    for name, case in cases.items():
+        one = parallel_run.run(case)
+        for strategy in ("ddp", "fsdp"):
+            found = two[f"{name} {strategy}"]
+            same(one, found, f"{name} {strategy}")
+            counts = [rank["counts"] for rank in found["ranks"]]
+            assert name not in ("MLM", "MMM", "parts") or counts[0] != counts[1], "the counts are to be uneven"
+            for batch, keys in enumerate(one["ranks"][0]["keys"]):  # no rank sees another one's samples
+                parts = [rank["keys"][batch] for rank in found["ranks"]]
+                assert sorted(parts[0] + parts[1]) == sorted(keys)
+                assert len(parts[0]) == len(parts[1])
+            if strategy == "ddp":
+                assert found["sent_buffers"] == 0  # constants are not sent before every forward
+                continue
+            # Each rank holds about half of the weights and of the optimizer's state.
+            assert found["mesh"] == [2, 1]
+            assert 0.5 <= found["bytes"] / one["bytes"] < 0.53, (name, found["bytes"], one["bytes"])
+            # Of an accumulated step's micro-batches the last one alone sends gradients, once for every sharded part.
+            blocks = {"MLM": 2, "parts": 2, "classes": 2}.get(name, 3)
+            assert found["groups"] == blocks + 1
+            assert name.startswith("mixture") or found["reductions"] == 3 * (blocks + 1)
+        if name == "parts":
+            assert all(step["train/grad_norm"] > 2 * CLIP for step in one["steps"])
+        if name == "mixture":
+            unused = [{key for key, gradient in grads.items() if gradient is None} for grads in one["grads"]]
+            assert any("text" in key for key in unused[0] | unused[1])
+
+
+def test_mixed_precision_and_compiled_blocks(base: dict[str, Any], tmp_path: Path) -> None:
+    """Autocast rounds one process's larger batch elsewhere, so DDP is what FSDP2 is compared with."""
+    bf16 = {**base, "model": "MMM", "precision": "bf16-mixed"}
+    compiled = {**base, "model": "MAE", "steps": 2, "arguments": {"compile_blocks": True}}
+    recomputed = {"compile_blocks": True, "options": {"grad_checkpointing": True}}
+    cases = {f"bf16 {s}": {**bf16, "strategy": s} for s in ("ddp", "fsdp")}
+    sent = {"param_dtype": "bfloat16", "reduce_dtype": "bfloat16"}
+    cases["bf16 sent"] = {**bf16, "strategy": "fsdp", "strategy_options": sent}
+    cases["compiled ddp"] = {**compiled, "strategy": "ddp"}
+    cases["recomputed fsdp"] = {**compiled, "strategy": "fsdp", "arguments": recomputed}
+    two = on_two_ranks(tmp_path, cases)
+    same(two["bf16 ddp"], two["bf16 fsdp"], "bf16")
+    same(two["bf16 ddp"], two["bf16 sent"], "bf16, sent as such", tolerance=2e-2)
+    plain = parallel_run.run({**compiled, "arguments": {}})
+    for name in ("compiled ddp", "recomputed fsdp"):
+        same(plain, two[name], name)
+
+
+def exactly(left: Any, right: Any, where: str) -> None:
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), where
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            exactly(left[key], right[key], f"{where} {key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), where
+        for number, pair in enumerate(zip(left, right, strict=True)):
+            exactly(*pair, f"{where} {number}")
+    else:
+        assert left == right, where
+
+
+KEPT = ("state_dict", "optimizer_states", "lr_schedulers", "DataModule", "rng")
+
+
+@pytest.mark.usefixtures("no_ranks_left")
+def test_ten_steps_and_ten_more_are_twenty(base: dict[str, Any], tmp_path: Path) -> None:
+    """Paths are dropped at random, on each rank others: its generators' state is part of what goes on."""
+    model = {
+        **base,
+        "model": "MMM",
+        "batch": 8,
+        "accumulate": 2,
+        "sgd": False,
+        "steps": 20,
+        "save_every": 10,
+        "ledger": True,
+        "gradients": False,
+    }
+    dropped = {**model, "arguments": {"warmup_steps": 3, "clip_grad_norm": 1.0, "options": {"drop_path_rate": 0.3}}}
+    smooth = {**model, "arguments": {"warmup_steps": 3, "eps": 1e-3}}
+
+    def case(name: str, content: dict[str, Any], strategy: str = "one", after: str = "") -> dict[str, Any]:
+        """Twenty steps in a folder of that name, or those after the tenth of another folder."""
+        folder = tmp_path / name
+        if not after:
+            return {**content, "strategy": strategy, "folder": str(folder)}
+        (folder / "ledger").mkdir(parents=True)
+        resume = str(tmp_path / after / "checkpoints" / "step=00000010.ckpt")
+        return {**content, "strategy": strategy, "folder": str(folder), "resume": resume}
+
+    one = parallel_run.run(case("one", dropped))
+    assert one["steps"][10:] == parallel_run.run(case("one again", dropped, after="one"))["steps"]
+    reference = parallel_run.run(case("reference", smooth))
+    cases = {}
+    for s in ("ddp", "fsdp"):
+        cases[s] = case(s, dropped, s)
+        cases[f"{s} again"] = case(f"{s} again", dropped, s, after=s)
+        cases[f"{s} smooth"] = case(f"{s} smooth", smooth, s)
+        cases[f"{s} from one"] = case(f"{s} from one", smooth, s, after="reference")
+    two = on_two_ranks(tmp_path, cases)
+
+    def saved(folder: str) -> dict[str, Any]:
+        content = AtomicCheckpointIO().load_checkpoint(tmp_path / folder / "checkpoints" / "step=00000020.ckpt")
+        return {name: content[name] for name in KEPT}
+
+    for name, ranks in (("one", 1), ("ddp", 2), ("fsdp", 2)):
+        whole, again = saved(name), saved(f"{name} again")
+        assert len(whole["rng"]) == ranks
+        if name == "one":  # in this process, where the checks of shapes draw from Python's generator
+            del whole["rng"][0]["python"], again["rng"][0]["python"]
+        exactly(whole, again, name)
+    for s in ("ddp", "fsdp"):
+        assert not torch.equal(*(state["torch"] for state in saved(s)["rng"])), "the ranks are to draw apart"
+        assert two[s]["steps"][10:] == two[f"{s} again"]["steps"]
+
+    # From one rank to two, and from two to one: within the sums' rounding, and the samples' order exactly.
+    after = {**reference, "steps": reference["steps"][10:]}
+    order = read_ledger(tmp_path / "reference")
+    for s in ("ddp", "fsdp"):
+        same(reference, two[f"{s} smooth"], f"twenty steps of {s}")
+        same(after, two[f"{s} from one"], f"one, then {s}")
+        same(after, parallel_run.run(case(f"one from {s}", smooth, after=f"{s} smooth")), f"{s}, then one")
+        assert read_ledger(tmp_path / f"{s} smooth") == order
+        for name in (f"{s} from one", f"one from {s}"):
+            assert read_ledger(tmp_path / name) == {step: order[step] for step in range(11, 21)}
