@@ -75,10 +75,7 @@ class ClassifierNetwork(nn.Module):
         self, backbone: Backbone, needs: tuple[str, ...], num_classes: int, pool: Pool, frozen: bool, head_norm: bool
     ) -> None:
         super().__init__()
-        if pool not in get_args(Pool):
-            raise ValueError(f"pool is {pool!r}; choose mean or cls")
-        if pool == "cls" and "image" in needs and getattr(backbone.vit, "cls_token", None) is None:
-            raise ValueError("pool is cls, but this backbone has no class token; take pool: mean")
+        check_pool(pool, backbone, needs)
         self.backbone, self.pool, self.frozen = backbone, pool, frozen
         norm = nn.BatchNorm1d(backbone.embed_dim, affine=False, eps=1e-6) if head_norm else nn.Identity()
         linear = nn.Linear(backbone.embed_dim, num_classes)
@@ -103,25 +100,34 @@ class ClassifierNetwork(nn.Module):
             if mixing:
                 pixels, targets = mixing(pixels, batch, rank)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.pooled(self.backbone(pixels, None, batch.text), batch.text, batch.size)
+            features = pooled(self.backbone(pixels, None, batch.text), batch.text, batch.size, self.pool)
         return Logits(self.head(features), targets)
 
-    def pooled(self, encoded: Encoded, text: Text | None, samples: int) -> Float[Tensor, "B D"]:
-        """One vector for each sample."""
-        if self.pool == "cls":
-            if encoded.prefix is not None:
-                return encoded.prefix[:, 0]
-            assert encoded.text is not None
-            assert text is not None
-            return encoded.text[text.cu_seqlens[:samples].long()]
-        total: Tensor | float = 0.0
-        count: Tensor | int = 0
-        if encoded.patches is not None:
-            total, count = encoded.patches.sum(1), encoded.patches.shape[1]
-        if encoded.text is not None and text is not None:
-            of_text = encoded.text.new_zeros(len(text.cu_seqlens) - 1, encoded.text.shape[1])  # S, D
-            of_text = of_text.index_add(0, segment_ids(text.cu_seqlens, len(encoded.text)), encoded.text)
-            total = total + of_text[:samples]
-            count = count + text.cu_seqlens.diff()[:samples, None]
-        assert isinstance(total, Tensor)
-        return total / count
+
+def check_pool(pool: Pool, backbone: Backbone, needs: tuple[str, ...]) -> None:
+    """Raises ValueError for an unknown pool, or "cls" for pictures where the backbone has no class token."""
+    if pool not in get_args(Pool):
+        raise ValueError(f"pool is {pool!r}; choose mean or cls")
+    if pool == "cls" and "image" in needs and getattr(backbone.vit, "cls_token", None) is None:
+        raise ValueError("pool is cls, but this backbone has no class token; take pool: mean")
+
+
+def pooled(encoded: Encoded, text: Text | None, samples: int, pool: Pool) -> Float[Tensor, "B D"]:
+    """One vector for each sample."""
+    if pool == "cls":
+        if encoded.prefix is not None:
+            return encoded.prefix[:, 0]
+        assert encoded.text is not None
+        assert text is not None
+        return encoded.text[text.cu_seqlens[:samples].long()]
+    total: Tensor | float = 0.0
+    count: Tensor | int = 0
+    if encoded.patches is not None:
+        total, count = encoded.patches.sum(1), encoded.patches.shape[1]
+    if encoded.text is not None and text is not None:
+        of_text = encoded.text.new_zeros(len(text.cu_seqlens) - 1, encoded.text.shape[1])  # S, D
+        of_text = of_text.index_add(0, segment_ids(text.cu_seqlens, len(encoded.text)), encoded.text)
+        total = total + of_text[:samples]
+        count = count + text.cu_seqlens.diff()[:samples, None]
+    assert isinstance(total, Tensor)
+    return total / count

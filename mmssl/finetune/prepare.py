@@ -99,12 +99,37 @@ class PrepareLabelled:
         return Batch(
             index=0,
             keys=[],
-            image=self._image(pixels) if pixels else None,
+            image=_whole(pixels, self.patches) if pixels else None,
             text=self.tokens.collate(texts) if self.tokens is not None else None,
             labels=self.labels.target.stack([e.label for e in examples]),
             counts={"label": sum(valid) if valid is not None else len(examples)},
         )
 
-    def _image(self, pixels: list[UInt8[Tensor, "C H W"]]) -> Image:
-        visible = torch.arange(self.patches).expand(len(pixels), -1)
-        return Image(stack(pixels), visible, visible[:, :0])
+
+@dataclass(frozen=True)
+class PreparePair:
+    """Decode, crop, tokenize: pairs that need no label.  Arguments as those of :class:`PrepareLabelled`."""
+
+    crop: Crop | None
+    tokens: Tokens
+    patches: int
+    needs: tuple[str, ...] = ("image", "text")
+
+    def sample(self, sample: Sample, draws: Draws, index: int) -> Example:
+        assert self.crop is not None
+        return Example(None, load_image(sample_image(sample), self.crop, draws), self.tokens.sample(sample))
+
+    def collate(self, examples: list[Example], valid: list[bool] | None = None) -> Batch:
+        return Batch(
+            index=0,
+            keys=[],
+            image=_whole([e.pixels for e in examples if e.pixels is not None], self.patches),
+            text=self.tokens.collate([e.input_ids for e in examples if e.input_ids is not None]),
+            counts={"contrastive": sum(valid) if valid is not None else len(examples)},
+        )
+
+
+def _whole(pixels: list[UInt8[Tensor, "C H W"]], patches: int) -> Image:
+    """Pictures of which all is visible."""
+    visible = torch.arange(patches).expand(len(pixels), -1)
+    return Image(stack(pixels), visible, visible[:, :0])

@@ -12,6 +12,7 @@ from runs import train
 
 import mmssl
 from mmssl.draws import Draws
+from mmssl.finetune.network import pooled
 from mmssl.pretrained import load_backbone
 from mmssl.types import Batch, Sample
 
@@ -95,7 +96,7 @@ def test_the_backbone_is_the_pretrained_one(pair_run: Path) -> None:
         expected = pretrained(batch.image.pixels, batch.text, pool).pooled
         network = module.network
         pixels = (batch.image.pixels.float() / 255 - network.mean) / network.std
-        features = network.pooled(network.backbone(pixels, None, batch.text), batch.text, 5)
+        features = pooled(network.backbone(pixels, None, batch.text), batch.text, 5, pool)
         torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(module(batch).logits, network.head(expected), atol=1e-5, rtol=1e-5)
 

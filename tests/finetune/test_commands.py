@@ -15,6 +15,7 @@ from pairs import caption, picture
 from runs import train
 
 from mmssl.cli import main
+from mmssl.finetune.retrieval import places_of_partners
 from mmssl.pretrained import load_backbone
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs/finetune").glob("*.yaml"))
@@ -53,6 +54,8 @@ def reduced(path: Path, backbone: Path, shards: tuple[str, str], **more: Any) ->
     }
     if path.stem == "text":
         options["model.init_args.max_tokens"] = 16
+    if path.stem == "retrieval":
+        del options["model.init_args.num_classes"]
     return ["--config", str(path), *(f"--{key}={value}" for key, value in options.items())]
 
 
@@ -67,17 +70,24 @@ def test_every_config_trains_tests_and_predicts(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["fit", *reduced(path, pair_run, shards), "--run", "run"]) == 0
-    accuracies = column(tmp_path / "run/metrics.csv", "val/accuracy")
+    metric = "recall/image_to_text@1" if path.stem == "retrieval" else "accuracy"
+    accuracies = column(tmp_path / "run/metrics.csv", f"val/{metric}")
     assert len(accuracies) == 2
     best = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
     assert best["global_step"] == (2 if accuracies[0] >= accuracies[1] else 4)
 
     assert main(["test", "--run", "run", "--ckpt_path", "best"]) == 0
-    assert column(tmp_path / "run/test.csv", "test/accuracy") == pytest.approx([max(accuracies)])
+    assert column(tmp_path / "run/test.csv", f"test/{metric}") == pytest.approx([max(accuracies)])
 
     assert main(["predict", "--run", "run", "--ckpt_path", "best"]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run/predictions/labels-0.jsonl").read_text().splitlines()]
+    (file,) = (tmp_path / "run/predictions").glob("*.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["key"] for line in lines] == [f"val.tar/{i:06d}" for i in range(100, 113)]
+    if path.stem == "retrieval":
+        embeddings = [torch.tensor([line[side] for line in lines]) for side in ("image", "text")]
+        places = places_of_partners(embeddings[0], embeddings[1])
+        assert float((places < 1).float().mean()) == pytest.approx(max(accuracies))
+        return
     assert [line["truth"] for line in lines] == [i % CLASSES for i in range(100, 113)]
     for line in lines:
         assert sum(line["probabilities"]) == pytest.approx(1, abs=1e-4)
