@@ -21,6 +21,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 
 import mmssl
+from mmssl.training.callbacks.throughput import Throughput
 from mmssl.training.checkpoint import AtomicCheckpointIO, Checkpoints
 from mmssl.training.strategies import whole
 
@@ -36,6 +37,7 @@ class Notes(Callback):
         self.grads: list[dict[str, Tensor | None]] = []
         self.counts: list[dict[str, int]] = []
         self.keys: list[list[str]] = []
+        self.tokens: list[float] = []  # of a sample
         self._seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,8 +55,11 @@ class Notes(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step > self._seen:
             self._seen = trainer.global_step
-            logged = {key: float(value) for key, value in trainer.logged_metrics.items() if key.startswith("train/")}
-            self.steps.append(logged)
+            logged = {key: float(value) for key, value in trainer.logged_metrics.items()}
+            self.steps.append({key: value for key, value in logged.items() if key.startswith("train/")})
+            if "speed/text_tokens_per_second" in logged:
+                tokens = logged["speed/text_tokens_per_second"] / logged["speed/samples_per_second"]
+                self.tokens.append(tokens)
 
 
 def build(case: dict[str, Any], seed: int) -> LightningModule:
@@ -93,7 +98,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         case["train"], case["val"], batch_size=case["batch"], lanes=2, num_workers=0, val_samples=10, val_batch_size=4
     )
     notes = Notes(case.get("gradients", True))
-    callbacks: list[Callback] = [notes, *([mmssl.SampleLedger()] if case.get("ledger") else [])]
+    callbacks: list[Callback] = [Throughput(), notes, *([mmssl.SampleLedger()] if case.get("ledger") else [])]
     if "save_every" in case:
         callbacks.append(Checkpoints(every_n_steps=case["save_every"], keep=10))
     strategy = strategy_of(case)
@@ -122,6 +127,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "steps": notes.steps,
         "grads": notes.grads,
+        "tokens": notes.tokens,
         "weights": {name: whole(value).clone() for name, value in module.state_dict().items()},
         "val": {key: float(value) for key, value in trainer.logged_metrics.items() if key.startswith("val/")},
         "bytes": _bytes(module, trainer.optimizers[0]),

@@ -1,12 +1,9 @@
-"""One division by the global count, the schedule, the errors, and exact resume through the real command."""
+"""The schedule, the errors, and exact resume through the real command; test_parallel.py has the rest."""
 
 import csv
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -20,48 +17,6 @@ from pairs import TINY
 import mmssl
 from mmssl.cli import main
 from mmssl.training.optim import adamw, warmup_cosine
-
-HERE = Path(__file__).parent
-
-
-def train(out: Path, name: str, tokenizer: str, shards: str, devices: int, batch: int, accumulate: int) -> Any:
-    command = [sys.executable, str(HERE / "ddp_run.py"), str(out), name, tokenizer, shards]
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(
-        [*command, str(devices), str(batch), str(accumulate)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out, weights_only=True)
-
-
-@pytest.mark.parametrize("name", ["MLM", "MMM"])
-def test_ranks_and_micro_batches_train_as_one_batch(
-    name: str, tmp_path: Path, tokenizer_path: str, pair_shards: str
-) -> None:
-    """The captions have 7 to 12 words: counts are uneven, so a division per rank or micro-batch would show."""
-    one = train(tmp_path / "one.pt", name, tokenizer_path, pair_shards, 1, 16, 1)
-    two_ranks = train(tmp_path / "ranks.pt", name, tokenizer_path, pair_shards, 2, 16, 1)
-    four_parts = train(tmp_path / "parts.pt", name, tokenizer_path, pair_shards, 1, 4, 4)
-    for other in (two_ranks, four_parts):
-        for key, weight in one["weights"].items():
-            torch.testing.assert_close(other["weights"][key], weight, rtol=1e-5, atol=1e-5, msg=key)
-        # The logged loss is the mean over all ranks and micro-batches, not rank 0's or the last one's.
-        logged = {name for name in one["metrics"] if name.startswith("train/loss")}
-        assert len(logged) == {"MLM": 2, "MMM": 3}[name]
-        for key in logged:
-            assert other["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-5)
-        tokens, expected = (
-            run["metrics"]["speed/text_tokens_per_second"] / run["metrics"]["speed/samples_per_second"]
-            for run in (other, one)
-        )
-        assert tokens == pytest.approx(expected)  # a sample, over all ranks and micro-batches
-        assert other["metrics"]["train/grad_norm"] == pytest.approx(one["metrics"]["train/grad_norm"], rel=1e-4)
-    assert (one["batches"], two_ranks["batches"], four_parts["batches"]) == (3, 3, 12)
 
 
 def test_warm_up_and_cosine() -> None:

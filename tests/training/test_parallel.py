@@ -1,5 +1,7 @@
 """DDP and FSDP2 on two real ranks train what one process trains, and what they stopped they go on with exactly."""
 
+import inspect
+import itertools
 import json
 import os
 import subprocess
@@ -7,14 +9,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import parallel_run
 import pytest
 import torch
 from finetune.labelled import write_labelled
+from lightning import Trainer
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from pairs import TINY
+from torch import nn
 
+import mmssl
 from mmssl.training.callbacks.ledger import read_ledger
 from mmssl.training.checkpoint import AtomicCheckpointIO
+from mmssl.training.strategies import distribute
 
 HERE = Path(__file__).parent
 CLIP = 0.05  # every step's gradient is longer
@@ -102,16 +111,20 @@ def test_two_ranks_train_what_one_process_trains(base: dict[str, Any], tmp_path:
         tmp_path, {f"{name} {s}": {**case, "strategy": s} for name, case in cases.items() for s in ("ddp", "fsdp")}
     )
     for name, case in cases.items():
-        one = parallel_run.run(case)
+        whole = {"batch": 16, "accumulate": 1} if name in ("parts", "recomputed") else {}
+        one = parallel_run.run({**case, **whole})
         for strategy in ("ddp", "fsdp"):
             found = two[f"{name} {strategy}"]
             same(one, found, f"{name} {strategy}")
+            assert name.startswith("mixture") or found["tokens"] == pytest.approx(one["tokens"])  # over all ranks
             counts = [rank["counts"] for rank in found["ranks"]]
             assert name not in ("MLM", "MMM", "parts") or counts[0] != counts[1], "the counts are to be uneven"
+            ranks = [rank["keys"] for rank in found["ranks"]]
+            assert {len(keys) for keys in ranks[0] + ranks[1]} == {case["batch"] // 2}
+            parts = len(ranks[0]) // len(one["ranks"][0]["keys"])  # of one process's batch, on every rank
             for batch, keys in enumerate(one["ranks"][0]["keys"]):  # no rank sees another one's samples
-                parts = [rank["keys"][batch] for rank in found["ranks"]]
-                assert sorted(parts[0] + parts[1]) == sorted(keys)
-                assert len(parts[0]) == len(parts[1])
+                theirs = [keys for rank in ranks for keys in rank[batch * parts : (batch + 1) * parts]]
+                assert sorted(itertools.chain(*theirs)) == sorted(keys)
             if strategy == "ddp":
                 assert found["sent_buffers"] == 0  # constants are not sent before every forward
                 continue
@@ -123,6 +136,7 @@ def test_two_ranks_train_what_one_process_trains(base: dict[str, Any], tmp_path:
             assert found["groups"] == blocks + 1
             assert name.startswith("mixture") or found["reductions"] == 3 * (blocks + 1)
         if name == "parts":
+            assert len(one["tokens"]) == 3
             assert all(step["train/grad_norm"] > 2 * CLIP for step in one["steps"])
         if name == "mixture":
             unused = [{key for key, gradient in grads.items() if gradient is None} for grads in one["grads"]]
@@ -172,7 +186,6 @@ def test_ten_steps_and_ten_more_are_twenty(base: dict[str, Any], tmp_path: Path)
         **base,
         "model": "MMM",
         "batch": 8,
-        "accumulate": 2,
         "sgd": False,
         "steps": 20,
         "save_every": 10,
@@ -194,7 +207,8 @@ def test_ten_steps_and_ten_more_are_twenty(base: dict[str, Any], tmp_path: Path)
     one = parallel_run.run(case("one", dropped))
     assert one["steps"][10:] == parallel_run.run(case("one again", dropped, after="one"))["steps"]
     reference = parallel_run.run(case("reference", smooth))
-    cases = {}
+    cases = {"folder": {**case("folder", dropped, "fsdp"), "strategy_options": {"checkpoint": "sharded"}}}
+    cases["folder again"] = case("folder again", dropped, "fsdp", after="folder")
     for s in ("ddp", "fsdp"):
         cases[s] = case(s, dropped, s)
         cases[f"{s} again"] = case(f"{s} again", dropped, s, after=s)
@@ -206,12 +220,13 @@ def test_ten_steps_and_ten_more_are_twenty(base: dict[str, Any], tmp_path: Path)
         content = AtomicCheckpointIO().load_checkpoint(tmp_path / folder / "checkpoints" / "step=00000020.ckpt")
         return {name: content[name] for name in KEPT}
 
-    for name, ranks in (("one", 1), ("ddp", 2), ("fsdp", 2)):
+    for name, ranks in (("one", 1), ("ddp", 2), ("fsdp", 2), ("folder", 2)):
         whole, again = saved(name), saved(f"{name} again")
         assert len(whole["rng"]) == ranks
         if name == "one":  # in this process, where the checks of shapes draw from Python's generator
             del whole["rng"][0]["python"], again["rng"][0]["python"]
         exactly(whole, again, name)
+    exactly(saved("fsdp"), saved("folder"), "one file, a folder")
     for s in ("ddp", "fsdp"):
         assert not torch.equal(*(state["torch"] for state in saved(s)["rng"])), "the ranks are to draw apart"
         assert two[s]["steps"][10:] == two[f"{s} again"]["steps"]
@@ -226,3 +241,90 @@ def test_ten_steps_and_ten_more_are_twenty(base: dict[str, Any], tmp_path: Path)
         assert read_ledger(tmp_path / f"{s} smooth") == order
         for name in (f"{s} from one", f"one from {s}"):
             assert read_ledger(tmp_path / name) == {step: order[step] for step in range(11, 21)}
+
+
+def plain_mae(**arguments: Any) -> mmssl.MAE:
+    return mmssl.MAE("vit_tiny_patch16_224", TINY, **parallel_run.SMALL, **arguments)
+
+
+def one_step(module: Any, shards: str, folder: Path, strategy: Any, **options: Any) -> Trainer:
+    data = mmssl.DataModule(shards, shards, batch_size=4, val_samples=4, num_workers=0)
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        **quiet, **options, accelerator="cpu", devices=1, strategy=strategy, max_steps=1, default_root_dir=folder
+    )
+    trainer.fit(module, data)
+    return trainer
+
+
+class Extra(mmssl.MAE):
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__("vit_tiny_patch16_224", TINY, **arguments)
+        self.scale = nn.Parameter(torch.ones(3))
+
+
+class Forgets(mmssl.MAE):
+    def configure_model(self) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("no_ranks_left")
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [(Extra, r"the parameters scale of Extra are not sharded"), (Forgets, r"and \d+ more of Forgets are not sharded")],
+)
+def test_parameters_that_nobody_synchronises_are_refused(
+    module: type[mmssl.MAE], message: str, pair_shards: str, tmp_path: Path
+) -> None:
+    arguments = {"backbone": "vit_tiny_patch16_224", "backbone_options": TINY} if module is Forgets else {}
+    with pytest.raises(ValueError, match=message) as caught:
+        one_step(module(**parallel_run.SMALL, **arguments), pair_shards, tmp_path, mmssl.FSDP())  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_ranks_left")
+def test_one_module_through_several_trainers(pair_shards: str, tmp_path: Path) -> None:
+    """Sharding happens once; evaluation before training is not in inference mode, whose tensors cannot be trained."""
+    module = plain_mae()
+    first = one_step(module, pair_shards, tmp_path, mmssl.FSDP())
+    before = {name: parallel_run.whole(value).clone() for name, value in module.state_dict().items()}
+    loops = [first.fit_loop.epoch_loop.val_loop, first.validate_loop, first.test_loop, first.predict_loop]
+    assert not any(loop.inference_mode for loop in loops)
+    second = one_step(module, pair_shards, tmp_path, mmssl.FSDP())
+    second.validate(module, datamodule=second.datamodule)
+    changed = [n for n, v in module.state_dict().items() if not torch.equal(parallel_run.whole(v), before[n])]
+    assert len(changed) > 10
+
+
+@pytest.mark.usefixtures("no_ranks_left")
+def test_lightnings_own_default_mesh_is_refused(pair_shards: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Lightning's ModelParallelStrategy; .*configs/strategy/fsdp.yaml"):
+        one_step(plain_mae(), pair_shards, tmp_path, ModelParallelStrategy())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "unused", "message"),
+    [
+        (FSDPStrategy(), False, r"Lightning's FSDPStrategy; .*mmssl.FSDP"),
+        (DDPStrategy(static_graph=True), False, "static_graph: true, which can leave the ranks' weights apart"),
+        (DDPStrategy(find_unused_parameters=False), True, "find_unused_parameters: false, but sources of images"),
+    ],
+)
+def test_strategies_that_train_something_else_are_refused(strategy: Any, unused: bool, message: str) -> None:
+    module = plain_mae()
+    module._trainer = Mock(strategy=strategy)
+    with pytest.raises(ValueError, match=message) as caught:
+        distribute(module, module.network, unused)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_ranks_left")
+def test_what_fsdp_cannot_do_is_one_line(pair_shards: str, tmp_path: Path) -> None:
+    for options, message in (
+        ({"checkpoint": "half"}, "checkpoint of mmssl.FSDP is 'half'; choose sharded or full"),
+        ({"reduce_dtype": "float16"}, "reduce_dtype of mmssl.FSDP is 'float16'; choose float32 or bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):  # without the tests' own check of types, which is quicker
+            inspect.unwrap(mmssl.FSDP.__init__)(object.__new__(mmssl.FSDP), **options)
+    with pytest.raises(ValueError, match=r"is bfloat16 under trainer.precision 32-true; set trainer.precision"):
+        one_step(plain_mae(), pair_shards, tmp_path, mmssl.FSDP(param_dtype="bfloat16"))
