@@ -1,0 +1,148 @@
+"""Kills with SIGKILL while checkpoints are written: the newest whole one always loads, and no rank is left waiting."""
+
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from forks import ends, fork, start
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import mmssl
+from mmssl.pretrained.whole import latest_checkpoint, read_checkpoint, step_of
+from mmssl.training.checkpoint import AtomicCheckpointIO
+from mmssl.training.in_place import remove
+from mmssl.training.saving import Saver
+
+KILLS = 30
+WORDS = 4_000_000  # 16 MB: long enough to write for kills to come meanwhile
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """$TMPDIR on another file system, from which a rename would be a copy; nothing may pass through it."""
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("there is no second file system at /dev/shm")
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    yield folder
+    left = os.listdir(folder)
+    shutil.rmtree(folder)
+    assert left == []
+
+
+class StandIn(pl.Trainer):
+    """What a Saver needs of a Trainer; its state is one tensor, full of the step."""
+
+    strategy: Any = None
+    is_global_zero: Any = True
+
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
+        environment = LightningEnvironment()
+        environment.set_global_rank(rank)
+        cpu = torch.device("cpu")
+        if world > 1:
+            self.strategy = mmssl.FSDP()
+            self.strategy.cluster_environment, self.strategy.parallel_devices = environment, [cpu] * world
+        else:
+            self.strategy = SimpleNamespace(is_global_zero=True, root_device=cpu, checkpoint_io=AtomicCheckpointIO())
+        self.is_global_zero = rank == 0
+        weight = torch.zeros(WORDS)
+        self.weight = distribute_tensor(weight, init_device_mesh("cpu", (world,)), [Shard(0)]) if world > 1 else weight
+        self.step = 0
+        self._checkpoint_connector = self
+
+    def dump_checkpoint(self, weights_only: bool) -> dict[str, Any]:
+        return {"state_dict": {"w": self.weight}, "global_step": self.step}
+
+
+def saves(folder: Path, first: int, background: bool, name: str, rank: int = 0, world: int = 1) -> None:
+    """Save without end, one step after another; a background save is overtaken by the next steps of training."""
+    trainer = StandIn(rank, world)
+    saver = Saver(trainer)
+    for step in range(first + 1, first + 1000):
+        trainer.step = step
+        trainer.weight.fill_(float(step))
+        older = folder / f"step={step - 1:08d}.ckpt"
+        saver.save(folder / (name or f"step={step:08d}.ckpt"), background, after=lambda old=older: remove(old))
+        trainer.weight.fill_(-1.0)  # what is written must be a copy
+
+
+def newest_is_whole(folder: Path) -> int:
+    """All that has a name is whole and of one step: nothing to fall back over.  The newest step, 0 for none."""
+    steps = [0]
+    for path in folder.glob("*.ckpt"):
+        content = read_checkpoint(path)
+        assert content["state_dict"]["w"].unique().tolist() == [content["global_step"]]
+        steps.append(content["global_step"])
+    if len(steps) > 1:
+        assert step_of(latest_checkpoint(folder, say=lambda line: pytest.fail(line))) == max(steps)
+    return max(steps)
+
+
+def wait_for(folder: Path, is_there: Callable[[Path], bool]) -> float:
+    """Seconds until there is a file for which it holds."""
+    begun = time.monotonic()
+    while not any(is_there(path) for path in folder.iterdir()):
+        assert time.monotonic() < begun + 30, "no save begins"
+        time.sleep(0.001)
+    return time.monotonic() - begun
+
+
+def kill_often(folder: Path, begin: Callable[[int, bool, str], list[int]]) -> None:
+    """Kill savers at random moments of their first or second save, each kind in turn: at once and in the background,
+    under a new name each and under one that stands there already.
+    """
+    rng = random.Random(0)
+    step, interrupted, grown, seconds = 0, 0, 0, 0.0
+    for kill in range(KILLS + 1):
+        children = begin(step, kill % 2 == 1, "best.ckpt" if kill % 4 > 1 else "")
+        wait_for(folder, lambda path: path.name.endswith(".tmp"))
+        if kill == 0:  # how long does one take here and now?
+            seconds = wait_for(folder, lambda path: path.name.endswith(".ckpt"))
+        else:
+            time.sleep(rng.random() * 2 * seconds)
+        victims = children if kill % 3 else [rng.choice(children)]
+        for child in victims:
+            os.kill(child, signal.SIGKILL)
+        codes = ends(children, seconds=30)
+        assert {-9} <= set(codes) <= {-9, 1}, codes  # who lost a rank ends by itself, with an error
+        interrupted += any(path.name.endswith(".tmp") for path in folder.iterdir())
+        after = newest_is_whole(folder)
+        assert after >= step
+        grown += after > step
+        step = after
+        for leftover in folder.glob(".*.tmp"):  # as the next start does
+            remove(leftover)
+    assert interrupted > KILLS // 4, "few kills came during a save; the test shows little"
+    assert grown > KILLS // 6, "hardly a save was finished; the test shows little"
+
+
+def test_thirty_kills_of_a_single_file_s_save(tmp_path: Path, elsewhere: Path):
+    def begin(step: int, background: bool, name: str) -> list[int]:
+        return [fork(lambda: saves(tmp_path, step, background, name))]
+
+    kill_often(tmp_path, begin)
+
+
+def test_thirty_kills_of_a_sharded_save(tmp_path: Path, elsewhere: Path):
+    """Of two ranks, all are killed or one."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+
+    def begin(step: int, background: bool, name: str) -> list[int]:
+        return start(2, tmp_path / "meet", lambda rank: saves(folder, step, background, name, rank, 2))
+
+    kill_often(folder, begin)
