@@ -25,8 +25,6 @@ class Best(Checkpoint):
     """
 
     def __init__(self, monitor: str = "val/accuracy", mode: Literal["min", "max"] = "max") -> None:
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode of mmssl.Best is {mode!r}; choose min or max")
         self.monitor = monitor
         self.mode = mode
         self.score: float | None = None
