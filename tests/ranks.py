@@ -1,66 +1,51 @@
-"""Ranks as forks of the test's own process: they start in a moment, where two new interpreters take seconds."""
+"""Real runs on real ranks, with callbacks from disturb.py, for the tests of what clusters do to them."""
 
 import os
+import signal
+import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-import torch
-import torch.distributed as dist
+import yaml
+from pairs import TINY
+
+TESTS = Path(__file__).parent
 
 
-def fork(function: Callable[[], object]) -> int:
-    """Run ``function`` in a child; its process id.  The child never comes back into pytest."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
+def tiny_config(tokenizer: str, shards: str, steps: int) -> dict[str, Any]:
+    """MLM on 64 pairs, 8 a batch, every step logged; no validation."""
+    return {
+        "model": {
+            "class_path": "mmssl.MLM",
+            "init_args": {"tokenizer": tokenizer, "backbone_options": TINY, "max_tokens": 32, "warmup_steps": 2},
+        },
+        "data": {"train": shards, "batch_size": 8, "lanes": 4, "num_workers": 1},
+        "trainer": {"max_steps": steps, "log_every_n_steps": 1, "accelerator": "cpu", "logger": False},
+    }
+
+
+def fit(
+    folder: Path, config: dict[str, Any], *args: str, callbacks: list[Any], ranks: int = 2, seconds: float = 180
+) -> tuple[int, str]:
+    """Run ``mmssl fit`` with these callbacks, each (class, arguments); returns its exit code and what was said."""
+    named = [{"class_path": name, "init_args": arguments} for name, arguments in callbacks]
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump({**config, "trainer": {**config["trainer"], "callbacks": named}}))
+    command = [sys.executable, "-m", "mmssl", "fit", "--config", str(path), *args, "--run", str(folder)]
+    command += ["--trainer.devices", str(ranks)]
+    if ranks > 1 and "--config" not in args:
+        command += ["--trainer.strategy", "ddp"]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    with open(f"{folder}.log", "wb") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
     try:
-        function()
-        code = 0
-    except BaseException:  # noqa: BLE001  # whatever it is, this process ends here
-        traceback.print_exc()
-        sys.stderr.flush()
+        code = process.wait(timeout=seconds)
     finally:
-        os._exit(code)
-
-
-def start(world: int, meet: Path, function: Callable[[int], object]) -> list[int]:
-    """Fork ``world`` ranks that meet in the file ``meet`` and call ``function(rank)``; their process ids."""
-
-    def rank_of(rank: int) -> Callable[[], None]:
-        def run() -> None:
-            torch.set_num_threads(1)
-            dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=world)
-            function(rank)
-            dist.destroy_process_group()
-
-        return run
-
-    meet.unlink(missing_ok=True)
-    return [fork(rank_of(rank)) for rank in range(world)]
-
-
-def ends(children: list[int], seconds: float = 60) -> list[int]:
-    """The exit codes of children (of signals: negative); one that still runs after ``seconds`` is killed and fails."""
-    codes: dict[int, int] = {}
-    until = time.monotonic() + seconds
-    while len(codes) < len(children):
-        for child in set(children) - codes.keys():
-            found, status = os.waitpid(child, os.WNOHANG)
-            if found:
-                codes[child] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > until:
-            for child in set(children) - codes.keys():
-                os.kill(child, 9)
-                os.waitpid(child, 0)
-            raise AssertionError(f"a rank hung: only {codes} of {children} ended within {seconds} s")
-        time.sleep(0.005)
-    return [codes[child] for child in children]
-
-
-def together(world: int, meet: Path, function: Callable[[int], object]) -> None:
-    """Run ``function(rank)`` on ``world`` ranks; all must end well."""
-    assert ends(start(world, meet, function)) == [0] * world
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return code, Path(f"{folder}.log").read_text()

@@ -38,6 +38,8 @@ from mmssl.cli.folder import (
 from mmssl.cli.keys import Checker, UsageError, one_line, read_yaml
 from mmssl.cli.lock import locked
 from mmssl.cli.resume import changes_since, with_changes
+from mmssl.training import signals
+from mmssl.training.callbacks.health import Health
 from mmssl.training.callbacks.predictions import Predictions
 from mmssl.training.callbacks.progress import Lines
 from mmssl.training.callbacks.throughput import Throughput
@@ -132,6 +134,7 @@ class Launch(LightningCLI):
             help="Try one step, say what would be trained, keep nothing.",
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(Health, "health")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         import mmssl
@@ -257,10 +260,14 @@ class Launch(LightningCLI):
             last += [Changed(self._changes, config_now, record)]
         if self.subcommand == "predict" and not any(isinstance(c, Predictions) for c in own):
             last.append(Predictions())
-        for checkpoints in callbacks:
-            if isinstance(checkpoints, Checkpoints) and saves:
-                checkpoints.folder = self.folder / "checkpoints"
-                last += [checkpoints, Preemption(checkpoints)]
+        for callback in callbacks:
+            if isinstance(callback, Health) and fit:
+                first.append(callback)
+            if isinstance(callback, Checkpoints) and saves:
+                callback.folder = self.folder / "checkpoints"
+                last += [callback, Preemption(callback)]
+        if not saves:
+            signals.current.uninstall()  # with nothing to save a signal ends the process, as ever
         config["callbacks"] = [*first, *own, *last]
         trainer = self.trainer_class(**config)
         supervise(trainer)

@@ -20,7 +20,7 @@ from mmssl.pretrained.whole import FORMAT, check_format
 from mmssl.training.guard import StepGuard
 from mmssl.training.messages import warn
 from mmssl.training.optim import adamw, warmup_cosine
-from mmssl.training.strategies import distribute, whole
+from mmssl.training.strategies import FSDP, distribute, whole
 from mmssl.training.votes import Votes, sum_over_ranks
 from mmssl.types import Batch, Loss, Prepare
 
@@ -191,11 +191,16 @@ class PretrainModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._last_batch = batch.index
         self.guard.note(batch.keys)
-        sums = self.compare(self(batch), batch)
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+        begins = batch_idx % self.trainer.accumulate_grad_batches == 0
+        # A rank's own work lies before its first collective (votes.Clock), and FSDP's forward begins with one.
+        sharded = isinstance(self.trainer.strategy, FSDP)
+        if begins and sharded:
             self._window_total = self._count_window(batch)
-            if not self._mixed or self._logged:
-                self._window_sums, self._logged = {}, False
+        sums = self.compare(self(batch), batch)
+        if begins and not sharded:
+            self._window_total = self._count_window(batch)
+        if begins and (self._logged or not self._mixed):
+            self._window_sums, self._logged = {}, False
         # DDP and FSDP average gradients over the ranks and Lightning divides by the micro-batches; we divide
         # by the count, so both are taken back here.
         undo = self.trainer.world_size * self.trainer.accumulate_grad_batches

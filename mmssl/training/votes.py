@@ -127,7 +127,8 @@ class Votes:
 class Clock:
     """This rank's own time in a step, apart from the time in which it waits for others.
 
-    From the batch at hand to the first collective a rank works alone: that is the part by which a slow one shows.  On a
+    From the batch at hand to the first collective a rank works alone: that is the part by which a slow one shows.  It
+    holds the forward of a step's first batch, but under FSDP, whose forward begins with a collective of its own.  On a
     GPU the times are those of the device, taken by events that are read when the device has passed them long ago.
     """
 

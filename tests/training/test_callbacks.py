@@ -82,7 +82,7 @@ def test_counters_survive_a_checkpoint(tmp_path: Path):
 
 def test_counters_are_sums_over_ranks_that_met_other_names(monkeypatch: pytest.MonkeyPatch):
     def gather(every: list[Any], mine: Any) -> None:
-        every[:] = [mine, (4, Counter({"bad/decode": 2, "bad/truncated": 1}))]
+        every[:] = [mine, Counter({"bad/decode": 2, "bad/truncated": 1})]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     trainer = Mock(spec=pl.Trainer, world_size=2, is_global_zero=True)

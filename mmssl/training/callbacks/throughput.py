@@ -1,7 +1,9 @@
 """How fast a run goes and what it waits for, measured without ever waiting for the device."""
 
+import socket
 import time
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +11,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 
+from mmssl.training.callbacks.ranks import Pace, Slowest
 from mmssl.training.module import gather_objects
+from mmssl.training.votes import Clock
 
 
 class _FetchTimer(Profiler):
@@ -50,6 +54,10 @@ class Throughput(Callback):
     - ``speed/samples_per_second``, ``speed/text_tokens_per_second``: over all ranks; padding is no text
     - ``speed/step_seconds``: wall time of an optimizer step; ``speed/data_wait_seconds``: of it, waiting for the loader
     - ``speed/data_wait_share``: the waiting as a part of all time, 0 to 1
+    - with several ranks, ``speed/rank_wait_seconds``: of a step, waiting for the others in its first collective, the
+      mean of all ranks; ``speed/compute_seconds``: the rest, in which gradients are sent while others are computed
+    - with several ranks, ``health/slowest_rank`` and ``health/imbalance``: by how much it is slower than the median
+      rank until it meets the others, as a part of a step
     - ``data/<counter>``: the sum of ``Batch.notes`` since the run began, over all ranks, for instance
       ``data/bad/truncated``
     - ``data/epoch``, or ``data/epoch/<source>`` for each of several: how often its samples have been trained on
@@ -64,6 +72,8 @@ class Throughput(Callback):
         self._step = 0
         self._batch_start = 0.0
         self._timer: _FetchTimer | None = None
+        self._clock: Clock | None = None
+        self._slowest = Slowest()
         self.latest: dict[str, float] = {}  # the last window's numbers, for the progress line
         self._clear()
 
@@ -73,12 +83,16 @@ class Throughput(Callback):
         self._worked = 0.0
         if self._timer is not None:
             self._timer.waited = 0.0
+        if self._clock is not None:
+            self._clock.read()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
         if self._timer is None:
             self._timer = _FetchTimer(trainer.profiler)  # type: ignore[attr-defined]
             trainer.profiler = self._timer  # type: ignore[attr-defined]
+        self._clock = getattr(getattr(pl_module, "votes", None), "clock", None)
+        self._slowest = Slowest()
         self._clear()
 
     def on_train_batch_start(
@@ -113,9 +127,19 @@ class Throughput(Callback):
             "data_wait_seconds": waited / self._steps,
             "data_wait_share": waited / seconds,
         }
-        tokens, totals = _over_ranks(trainer, int(self._tokens), self._totals)
+        worked, met = (0.0, 0.0) if self._clock is None else self._clock.read()
+        mine = Pace(socket.gethostname(), waited, worked)
+        every = gather_objects((int(self._tokens), self._totals, mine, met), ranks)
+        tokens, totals = sum(rank[0] for rank in every), _total(rank[1] for rank in every)
         if tokens:
             self.latest["text_tokens_per_second"] = tokens / seconds
+        if ranks > 1 and self._clock is not None:
+            self.latest["rank_wait_seconds"] = sum(rank[3] for rank in every) / ranks / self._steps
+            self.latest["compute_seconds"] = (
+                self.latest["step_seconds"] - self.latest["data_wait_seconds"] - self.latest["rank_wait_seconds"]
+            )
+            for name, value in self._slowest.judge([rank[2] for rank in every], self._steps, seconds).items():
+                pl_module.log(f"health/{name}", value, rank_zero_only=True, batch_size=1)
         for name, value in self.latest.items():
             pl_module.log(f"speed/{name}", value, rank_zero_only=True, batch_size=1)
         for name, total in totals.items():
@@ -128,7 +152,7 @@ class Throughput(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["notes"] = dict(_over_ranks(trainer, 0, self._totals)[1])
+        checkpoint["notes"] = dict(_total(gather_objects(self._totals, trainer.world_size)))
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -136,7 +160,5 @@ class Throughput(Callback):
         self._totals = Counter(checkpoint.get("notes", {}) if trainer.is_global_zero else {})
 
 
-def _over_ranks(trainer: pl.Trainer, tokens: int, totals: Counter[str]) -> tuple[int, Counter[str]]:
-    """The sums over all ranks, which call this together.  As objects: a rank knows only the names that it met."""
-    every = gather_objects((tokens, totals), trainer.world_size)
-    return sum(tokens for tokens, _ in every), sum((totals for _, totals in every), Counter())
+def _total(counters: Iterable[Counter[str]]) -> Counter[str]:
+    return sum(counters, Counter())

@@ -1,0 +1,159 @@
+"""Steps that must change nothing, a rank that is slow, a run that stands still."""
+
+import copy
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TESTS
+from ranks import fit, tiny_config
+from torch import nn
+
+from mmssl.cli import main
+from mmssl.training.callbacks.health import Health
+from mmssl.training.callbacks.ranks import Pace, Slowest
+from mmssl.training.guard import StepGuard
+
+
+def at(moment: str, what: str, **arguments: Any) -> tuple[str, dict[str, Any]]:
+    return "disturb.Disturb", {"at": moment, "what": what, **arguments}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("spoil", [float("nan"), float("inf"), 1e6])
+def test_a_skipped_step_changes_nothing(fused: bool, spoil: float) -> None:
+    """Weights, moments and counts stay to the bit, before there are moments and after."""
+    torch.manual_seed(0)
+    network = nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=fused)
+    guard = StepGuard()
+    guard.limit = 1e5
+    for step in range(1, 7):
+        bad = step in (1, 2, 4)
+        network(torch.randn(2, 4)).square().sum().backward()
+        assert network.weight.grad is not None
+        if bad:
+            network.weight.grad[0, 0] = spoil
+        guard.note([f"shard/{step}"])
+        before = copy.deepcopy((network.state_dict(), optimizer.state_dict()["state"]))
+        guard.check(optimizer, torch.nn.utils.get_total_norm([p.grad for p in network.parameters()]), step)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(torch.equal(value, before[0][name]) for name, value in network.state_dict().items()) == bad
+        if bad:
+            for number, state in optimizer.state_dict()["state"].items():
+                for name, value in state.items():
+                    assert torch.equal(value, before[1].get(number, {}).get(name, torch.zeros_like(value))), name
+    steps = guard.read()
+    assert [number for number, skipped in steps if skipped] == [1, 2, 4]
+    assert steps[3][1] is not None
+    assert steps[3][1].keys == ["shard/4"]
+    assert guard.read() == []
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with open(run / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_one_rank_s_bad_gradient_is_skipped_by_all_and_the_slow_rank_is_named(
+    tmp_path: Path, tokenizer_path: str, pair_shards: str, strategy: str
+) -> None:
+    config = tiny_config(tokenizer_path, pair_shards, steps=8)
+    slow = ("disturb.Slow", {"rank": 1, "seconds": 0.5})
+    overlay = ["--config", str(TESTS.parent / "configs" / "strategy" / f"{strategy}.yaml")]
+    code, said = fit(
+        tmp_path / "run", config, *overlay, "--model.lr=0.01", callbacks=[slow, at("backward", "nan", rank=1, step=3)]
+    )
+    assert code == 0, said
+    assert said.count("step 4 is skipped: the norm of its gradients is nan") == 1
+    assert "warning: rank 1 on " in said
+    numbers = rows(tmp_path / "run")
+    assert [float(row["train/skipped_steps"]) for row in numbers] == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert all(float(row["train/loss"]) < 10 for row in numbers)  # NaN is not
+    assert float(numbers[-1]["health/slowest_rank"]) == 1
+    assert float(numbers[-1]["health/imbalance"]) > 0.1
+    assert float(numbers[-1]["speed/rank_wait_seconds"]) > 0.1  # of the two ranks one waits about half a second
+    [line] = map(json.loads, (tmp_path / "run" / "skipped_steps.jsonl").read_text().splitlines())
+    assert (line["step"], line["grad_norm"], len(line["keys"])) == (4, "nan", 8)
+
+
+def test_too_many_in_a_row_stop_the_run(
+    tmp_path: Path, tokenizer_path: str, pair_shards: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import yaml
+
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(tokenizer_path, pair_shards, steps=20)
+    config["data"]["num_workers"] = 0
+    config["trainer"] |= {"accumulate_grad_batches": 2, "devices": 1}
+    config["health"] = {"skip_grad_norm": 1e-9, "skip_limit": 3}
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "run.yaml", "--run", "run"]) == 2
+    said = capsys.readouterr().err
+    assert "mmssl: error: 3 steps in a row were skipped, up to step 3" in said
+    assert "the weights are those of step 0" in said
+    lines = [json.loads(line) for line in Path("run/skipped_steps.jsonl").read_text().splitlines()]
+    assert [(line["step"], len(line["keys"])) for line in lines] == [(1, 16), (2, 16), (3, 16)]
+    assert ", ".join(lines[-1]["keys"][:8]) in said
+
+
+def test_only_who_stays_slower_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    slowest = Slowest()
+
+    def window(*own: float) -> dict[str, float]:
+        return slowest.judge([Pace(f"node{rank}", 0.1, seconds) for rank, seconds in enumerate(own)], 10, 10.0)
+
+    assert window(1.0, 3.0, 1.0, 1.2) == {"slowest_rank": 1, "imbalance": pytest.approx(0.2)}
+    window(3.0, 1.0, 1.0, 1.2)
+    window(1.0, 1.5, 1.0, 1.0)  # half a tenth
+    window(1.0, 3.0, 1.0, 1.0)
+    window(1.0, 3.0, 1.0, 1.0)
+    assert capsys.readouterr().err == ""
+    window(1.0, 3.0, 1.0, 1.0)
+    assert "rank 1 on node1 is slower than the others, for 30 steps now" in capsys.readouterr().err
+    window(1.0, 3.0, 1.0, 1.0)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.timeout(300)
+def test_a_rank_that_never_comes_is_reported_by_all(tmp_path: Path, tokenizer_path: str, pair_shards: str) -> None:
+    config = tiny_config(tokenizer_path, pair_shards, steps=50)
+    config["health"] = {"hang_minutes": 0.15}
+    sleeps = at("train", "sleep", rank=1, step=2, seconds=10000)
+    code, said = fit(tmp_path / "run", config, callbacks=[sleeps], seconds=150)
+    assert code == 1, said
+    assert "nothing has moved for 0.15 minutes" in said
+    waits, hangs = ((tmp_path / "run" / "stacks" / f"rank-0000{rank}.txt").read_text() for rank in (0, 1))
+    assert "sum_over_ranks" in waits
+    assert 'disturb.py", line' in hangs
+    assert "in _now" in hangs
+
+
+def test_a_call_that_holds_the_lock_is_reported_too(tmp_path: Path) -> None:
+    code = (
+        "import ctypes, pathlib\nfrom mmssl.training.hangs import HangWatch\n"
+        f"watch = HangWatch(pathlib.Path({str(tmp_path / 'stacks.txt')!r}), 0.5, 0)\n"
+        "watch.start()\nimport time; time.sleep(0.3)\nctypes.PyDLL(None).sleep(100)\n"
+    )
+    started = subprocess.run([sys.executable, "-c", code], timeout=60, cwd=TESTS.parent, check=False)
+    assert started.returncode == 1
+    assert 'File "<string>", line 6' in (tmp_path / "stacks.txt").read_text()
+
+
+def test_a_run_that_ends_leaves_no_stacks(toy_folder: Path) -> None:
+    assert main(["fit", "--config", "toy.yaml", "--run", "runs/a", "--health.hang_minutes", "0.2"]) == 0
+    assert not list(toy_folder.glob("runs/a/stacks/*"))
+
+
+def test_options_that_cannot_be() -> None:
+    for name, value in {"skip_grad_norm": 0.0, "skip_limit": 0, "hang_minutes": 0.0}.items():
+        with pytest.raises(ValueError, match=f"health.{name} is 0"):
+            Health(**{name: value})
