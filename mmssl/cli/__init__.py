@@ -34,8 +34,8 @@ class Command(NamedTuple):
     function: str | None = None
 
 
-# A function's required parameters become positional arguments, the others --options; ``shards`` and ``sources`` take
-# any number and make the others options; a bool becomes --name and --no_name.  To add a command, add a line.
+# A function's required parameters become positional arguments, the others --options; ``shards``, ``sources`` and
+# ``runs`` take any number and make the others options; a bool becomes --name and --no_name.  A new command is a line.
 COMMANDS = {
     "fit": Command("train: mmssl fit --config C.yaml [--run runs/NAME] [--resume] [--key value ...]"),
     "validate": Command("measure a run on its validation data: mmssl validate --run runs/NAME"),
@@ -48,6 +48,7 @@ COMMANDS = {
         "one file of a sharded checkpoint: mmssl consolidate RUN --out FILE.ckpt", "mmssl.cli.consolidate:consolidate"
     ),
     "env": Command("what a run stands on: versions, GPUs, SLURM and NCCL variables", "mmssl.cli.environment:show"),
+    "sync": Command("upload what a run logged offline to W&B: mmssl sync runs/NAME [...]", "mmssl.cli.sync:sync"),
     "tokenizer train": Command("train a tokenizer on text", "mmssl.data.tokenizer:train_from_shards"),
     "shards index": Command("index tar shards before training", "mmssl.cli.shards:index"),
     "shards check": Command("read all of tar shards and report what is bad", "mmssl.cli.shards:check"),
@@ -135,7 +136,7 @@ def _call(name: str, target: str, args: list[str]) -> None:
     described = {parameter.arg_name: parameter.description for parameter in text.params}
     parser = OneLineParser(prog=f"mmssl {name}", description=f"{text.short_description}\n{text.long_description or ''}")
     parameters = inspect.signature(function).parameters
-    many = next((parameter for parameter in parameters if parameter in ("shards", "sources")), None)
+    many = next((parameter for parameter in parameters if parameter in ("shards", "sources", "runs")), None)
     flags = [parameter for parameter in parameters.values() if parameter.annotation is bool]
     skip: set[str | int] = {flag.name for flag in flags}
     if many is not None:

@@ -2,22 +2,19 @@
 
 import csv
 import json
-import netrc
 import os
 import secrets
-import urllib.error
-import urllib.request
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from mmssl.training.messages import first_line, warn
+from mmssl.training.reach import why_not_online
 
 T = TypeVar("T")
 
@@ -148,7 +145,8 @@ class Wandb(WandbLogger):
         folder: The run's folder; ``mmssl fit`` sets it.
         project: The W&B project.
         entity: The W&B user or team; default: the key's own.
-        connect_seconds: How long to try before going on offline.
+        connect_seconds: How long to try before going on offline.  At the end W&B has twice as long to take what it has
+            not taken yet; ``mmssl sync --online`` sends the rest.
     """
 
     def __init__(
@@ -199,9 +197,7 @@ class Wandb(WandbLogger):
             mode = "offline"
             name = self._folder.name if not past else f"{self._folder.name}-{len(past) + 1}"
             run = self._init("offline", secrets.token_hex(4), name)
-            print(
-                f"mmssl: W&B is offline ({why}); upload with: wandb sync {run.dir.removesuffix('/files')}", flush=True
-            )
+            print(f"mmssl: W&B is offline ({why}); upload with: mmssl sync {self._folder}", flush=True)
         segments.write_text(json.dumps([*past, {"id": run.id, "mode": mode}]))
         run.define_metric("trainer/global_step")
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
@@ -210,7 +206,7 @@ class Wandb(WandbLogger):
     def _init(self, mode: str, run_id: str, name: str) -> Any:
         import wandb
 
-        limits: dict[str, Any] = {"init_timeout": self._connect_seconds, "finish_timeout": 6 * self._connect_seconds}
+        limits: dict[str, Any] = {"init_timeout": self._connect_seconds, "finish_timeout": 2 * self._connect_seconds}
         known = {k: v for k, v in limits.items() if k in wandb.Settings.model_fields}
         return wandb.init(
             mode=mode,  # type: ignore[arg-type]
@@ -236,10 +232,7 @@ class Wandb(WandbLogger):
         asked = os.environ.get("WANDB_MODE", "").lower()
         if asked in ("disabled", "offline", "dryrun"):
             return ("disabled" if asked == "disabled" else "offline"), f"WANDB_MODE={asked}"
-        server = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-        if asked != "online" and not _has_key(server):
-            return "offline", "no API key: `wandb login` makes one"
-        problem = _unreachable(server, self._connect_seconds)
+        problem = why_not_online(self._connect_seconds, key_needed=asked != "online")
         return ("offline", problem) if problem else ("online", "")
 
     @rank_zero_only
@@ -272,31 +265,6 @@ class Wandb(WandbLogger):
             self._dead, self._experiment = True, None
             warn(f"W&B is off for this run ({first_line(error)}); metrics.csv has the numbers")
             return None
-
-
-def _has_key(server: str) -> bool:
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    default = Path("~/.netrc").expanduser()
-    path = Path(os.environ.get("NETRC") or (default if default.is_file() else "~/_netrc")).expanduser()
-    try:
-        found = netrc.netrc(str(path)).authenticators(urlsplit(server).netloc)
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return bool(found and found[2])
-
-
-def _unreachable(server: str, seconds: float) -> str | None:
-    """Why ``server`` does not answer, or None when it does: W&B itself would try for a minute and a half."""
-    if urlsplit(server).scheme not in ("http", "https"):
-        return f"WANDB_BASE_URL {server!r} is not an http address"
-    try:
-        urllib.request.urlopen(server, timeout=seconds).close()
-    except urllib.error.HTTPError:
-        return None  # any answer is an answer
-    except (OSError, ValueError) as error:
-        return f"{server} does not answer: {getattr(error, 'reason', error)}"
-    return None
 
 
 def _as_int(text: str | None) -> int:

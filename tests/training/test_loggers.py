@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mmssl.training.loggers import MetricsFile, Wandb, _has_key
+from mmssl.training.loggers import MetricsFile, Wandb
+from mmssl.training.reach import has_key
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -174,10 +175,10 @@ def test_the_id_belongs_to_the_folder(tmp_path: Path):
 @pytest.mark.usefixtures("no_account")
 def test_a_key_is_found_where_wandb_keeps_it(tmp_path: Path, monkeypatch):
     server = "https://api.wandb.ai"
-    assert not _has_key(server)
+    assert not has_key(server)
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123\n")
     (tmp_path / "netrc").chmod(0o600)
-    assert _has_key(server)
-    assert not _has_key("https://wandb.example.org")
+    assert has_key(server)
+    assert not has_key("https://wandb.example.org")
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert _has_key("https://wandb.example.org")
+    assert has_key("https://wandb.example.org")
