@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = _for_a_person(error, state["building"])
         if line is None:
             raise
-        print(f"mmssl: error: {line}", file=sys.stderr, flush=True)
+        if not getattr(error, "told_by_rank_0", False):  # what all ranks raised together is said once
+            print(f"mmssl: error: {line}", file=sys.stderr, flush=True)
         return 2
 
 
