@@ -18,7 +18,13 @@ _STEP = re.compile(r"step=(\d+)")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, read or found.  The message says which, why and what to do."""
+    """A checkpoint could not be written, read or found.  The message says which, why and what to do.
+
+    Attributes:
+        told_by_rank_0: another process raises the same, and says it.
+    """
+
+    told_by_rank_0 = False
 
 
 def first_line(error: BaseException) -> str:

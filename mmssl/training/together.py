@@ -34,7 +34,9 @@ def raise_first(said: list[str | None], cause: BaseException | None = None) -> N
     """
     for rank, message in enumerate(said):
         if message is not None:
-            raise CheckpointError(message if rank == 0 or len(set(said)) == 1 else f"rank {rank}: {message}") from cause
+            error = CheckpointError(message if rank == 0 or len(set(said)) == 1 else f"rank {rank}: {message}")
+            error.told_by_rank_0 = dist.is_initialized() and dist.get_rank() > 0
+            raise error from cause
 
 
 def check_together(path: Path) -> None:
