@@ -67,8 +67,9 @@ def build(case: dict[str, Any], seed: int) -> LightningModule:
     seed_everything(seed, verbose=False)
     name, more = case["model"], dict(case.get("arguments", {}))
     arguments: dict[str, Any] = {"lr": 1e-2, "clip_grad_norm": None}
-    if name == "ImageClassifier":
-        arguments |= {"num_classes": 4, "backbone_name": "vit_tiny_patch16_224", "backbone_options": TINY}
+    if name in ("ImageClassifier", "DualEncoder"):
+        arguments |= {"backbone_name": "vit_tiny_patch16_224", "backbone_options": TINY}
+        arguments |= {"num_classes": 4} if name == "ImageClassifier" else {"tokenizer": case["tokenizer"]}
     else:
         arguments |= {"backbone": "vit_tiny_patch16_224"}
         if name in ("MLM", "MMM"):

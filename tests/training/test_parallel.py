@@ -104,15 +104,19 @@ def test_two_ranks_train_what_one_process_trains(base: dict[str, Any], tmp_path:
         "recomputed": {"model": "MMM", **half, "arguments": {"options": {"grad_checkpointing": True}}},
         "mixture": {**mixed, "batch": 8},
         "mixture in parts": {**mixed, **half},  # the last micro-batch may use less than the ones before it
+        "retrieval": {"model": "DualEncoder"},
         "classes": {"model": "ImageClassifier", "train": labelled, "val": labelled, "batch": 8},
     }
-    cases = {name: {**base, **case} for name, case in cases.items()}
-    two = on_two_ranks(
-        tmp_path, {f"{name} {s}": {**case, "strategy": s} for name, case in cases.items() for s in ("ddp", "fsdp")}
-    )
+    probe = {**cases["classes"], "arguments": {"mode": "linear_probe", "head_norm": True}}
+    every = {f"{name} {s}": {**base, **c, "strategy": s} for name, c in cases.items() for s in ("ddp", "fsdp")}
+    every |= {f"probe {s}": {**base, **probe, "strategy": s} for s in ("ddp", "fsdp")}
+    two = on_two_ranks(tmp_path, every)
+    # The averages of a BatchNorm are rank 0's, under DDP too; one process has others.
+    assert any("running_mean" in key for key in two["probe ddp"]["weights"])
+    same(two["probe ddp"], two["probe fsdp"], "probe")
     for name, case in cases.items():
         whole = {"batch": 16, "accumulate": 1} if name in ("parts", "recomputed") else {}
-        one = parallel_run.run({**case, **whole})
+        one = parallel_run.run({**base, **case, **whole})
         for strategy in ("ddp", "fsdp"):
             found = two[f"{name} {strategy}"]
             same(one, found, f"{name} {strategy}")
@@ -120,7 +124,7 @@ def test_two_ranks_train_what_one_process_trains(base: dict[str, Any], tmp_path:
             counts = [rank["counts"] for rank in found["ranks"]]
             assert name not in ("MLM", "MMM", "parts") or counts[0] != counts[1], "the counts are to be uneven"
             ranks = [rank["keys"] for rank in found["ranks"]]
-            assert {len(keys) for keys in ranks[0] + ranks[1]} == {case["batch"] // 2}
+            assert {len(keys) for keys in ranks[0] + ranks[1]} == {case.get("batch", 16) // 2}
             parts = len(ranks[0]) // len(one["ranks"][0]["keys"])  # of one process's batch, on every rank
             for batch, keys in enumerate(one["ranks"][0]["keys"]):  # no rank sees another one's samples
                 theirs = [keys for rank in ranks for keys in rank[batch * parts : (batch + 1) * parts]]
@@ -132,7 +136,7 @@ def test_two_ranks_train_what_one_process_trains(base: dict[str, Any], tmp_path:
             assert found["mesh"] == [2, 1]
             assert 0.5 <= found["bytes"] / one["bytes"] < 0.53, (name, found["bytes"], one["bytes"])
             # Of an accumulated step's micro-batches the last one alone sends gradients, once for every sharded part.
-            blocks = {"MLM": 2, "parts": 2, "classes": 2}.get(name, 3)
+            blocks = {"MLM": 2, "parts": 2, "retrieval": 2, "classes": 2}.get(name, 3)
             assert found["groups"] == blocks + 1
             assert name.startswith("mixture") or found["reductions"] == 3 * (blocks + 1)
         if name == "parts":
