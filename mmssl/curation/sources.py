@@ -3,6 +3,7 @@
 A source becomes records, in an order that does not change, before any picture or document is opened.
 """
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,7 +12,8 @@ from mmssl.curation.tables import Columns, check_table, table_records
 from mmssl.data.members import IMAGE_EXTENSIONS
 
 _BESIDE = {"txt": "text_path", "json": "json_path", "cls": "label_path"}
-TABLES = ("csv", "tsv", "jsonl", "ndjson", "parquet")
+TABLES = ("csv", "tsv", "jsonl", "ndjson", "parquet", "arrow")
+_STATE = "state.json"  # of a data set that Hugging Face's datasets saved
 
 
 def records_of(sources: Sequence[str], columns: Columns, folder_labels: bool, per_line: bool) -> Iterator[Record]:
@@ -60,7 +62,25 @@ def _all_records(kinds: Mapping[str, str], columns: Columns, folder_labels: bool
 def _tables(source: str) -> list[str]:
     if not os.path.isdir(source):
         return [source]
+    if os.path.isfile(os.path.join(source, _STATE)):
+        return _saved_dataset(source)
     return [os.path.join(here, name) for here, names in walk(source) for name in names if extension_of(name) in TABLES]
+
+
+def _saved_dataset(folder: str) -> list[str]:
+    """The files of a data set that ``datasets`` saved, without those it keeps beside for itself (cache-*.arrow)."""
+    try:
+        with open(os.path.join(folder, _STATE), encoding="utf-8") as file:
+            state = json.load(file)
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"source {folder}: its {_STATE} is not that of a saved data set ({error}); check it") from None
+    if state.get("_indices_data_files"):
+        raise ValueError(
+            f"source {folder}: rows were chosen or shuffled, but its files hold all of them in the old order; save it "
+            "again after dataset.flatten_indices()"
+        )
+    return [os.path.join(folder, name) for name in names]
 
 
 def kind_of(source: str) -> str:
@@ -83,6 +103,11 @@ def kind_of(source: str) -> str:
             return "text"
         hint = "it is a shard already" if extension == "tar" else "its kind is unknown"
         raise ValueError(f"source {source}: {hint}; give folders, .txt, or tables ({', '.join(TABLES)})")
+    if os.path.isfile(os.path.join(source, "dataset_dict.json")):
+        parts = sorted(name for name in os.listdir(source) if os.path.isfile(os.path.join(source, name, _STATE)))
+        raise ValueError(f"source {source}: holds several data sets ({', '.join(parts)}); name the folder of one")
+    if os.path.isfile(os.path.join(source, _STATE)):
+        return "tables"
     seen: set[str] = set()
     for _, files in walk(source):
         seen.update(map(extension_of, files))

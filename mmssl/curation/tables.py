@@ -1,4 +1,6 @@
-"""Rows of CSV, TSV, JSONL and Parquet files as records for ``mmssl shards write``.
+"""Rows of CSV, TSV, JSONL, Parquet and Arrow files as records for ``mmssl shards write``.
+
+Arrow files are those that Hugging Face's ``datasets`` keeps on disk (``save_to_disk``).
 
 A picture's column holds a path (relative to the table's folder, or absolute), the encoded bytes (Parquet), base64, or
 Hugging Face's {"bytes": ..., "path": ...}.
@@ -61,7 +63,7 @@ def table_records(path: str, columns: Columns) -> Iterator[Record]:
     """The rows of a table.  Raises ValueError where reading fails."""
     extension = extension_of(path)
     try:
-        rows = {"csv": _csv, "tsv": _csv, "parquet": _parquet}.get(extension, _jsonl)(path)
+        rows = {"csv": _csv, "tsv": _csv, "parquet": _parquet, "arrow": _arrow}.get(extension, _jsonl)(path)
         for number, row in rows:
             where = f"{path}: row {number}"
             yield _record(where, row, columns, path) if isinstance(row, dict) else Record(where, problem=row)
@@ -74,6 +76,8 @@ def first_columns(path: str) -> list[str]:
     extension = extension_of(path)
     if extension == "parquet":
         return list(_open_parquet(path).schema_arrow.names)
+    if extension == "arrow":
+        return list(_open_arrow(path).schema.names)
     if extension in ("csv", "tsv"):
         with _open(path) as file:
             return next(_reader(file, extension), [])
@@ -136,8 +140,15 @@ def _json_row(line: bytes) -> Row:
 
 
 def _parquet(path: str) -> Iterator[tuple[int, Row]]:
-    file = _open_parquet(path)
-    batches = file.iter_batches(batch_size=_ROWS)
+    return _batches(path, _open_parquet(path).iter_batches(batch_size=_ROWS))
+
+
+def _arrow(path: str) -> Iterator[tuple[int, Row]]:
+    stream = _open_arrow(path)
+    return _batches(path, (batch.slice(at, _ROWS) for batch in stream for at in range(0, len(batch), _ROWS)))
+
+
+def _batches(path: str, batches: Iterator[Any]) -> Iterator[tuple[int, Row]]:
     number = 0
     while True:
         try:
@@ -153,18 +164,33 @@ def _parquet(path: str) -> Iterator[tuple[int, Row]]:
 
 
 def _open_parquet(path: str) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(
-            f"source {path}: Parquet needs pyarrow, which is not installed; pip install 'mmssl[parquet]'"
-        ) from None
+    pyarrow = _pyarrow(path)
     try:
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"source {path}: is no whole Parquet file ({reason}); check it") from None
+
+
+def _open_arrow(path: str) -> Any:
+    pyarrow = _pyarrow(path)
+    try:
+        return pyarrow.ipc.open_stream(pyarrow.memory_map(path))
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"source {path}: is no whole Arrow stream ({reason}); check it") from None
+
+
+def _pyarrow(path: str) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(
+            f"source {path}: Parquet and Arrow need pyarrow, which is not installed; pip install 'mmssl[parquet]'"
+        ) from None
+    return pyarrow
 
 
 def _listed(names: list[str]) -> str:

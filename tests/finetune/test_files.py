@@ -1,0 +1,208 @@
+"""Fine-tuning on plain files: what is packed, how labels are numbered, what is refused; through real runs."""
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import yaml
+from pairs import COLOURS, TINY, caption, picture
+from test_classifiers import SCRATCH, trainer
+
+import mmssl
+from mmssl.cli import main
+from mmssl.data.shards import ShardSet
+
+NAMES = list(COLOURS)
+
+
+@pytest.fixture(autouse=True)
+def _packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
+def image_folder(folder: Path, numbers: range) -> str:
+    """Pictures in folders named by the colour of the square."""
+    for i in numbers:
+        path = folder / NAMES[i % 4] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(i))
+    return str(folder)
+
+
+def table(path: Path, numbers: range, label: Callable[[int], Any] = lambda i: NAMES[i % 4]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "caption", "colour"])
+        for i in numbers:
+            (path.parent / f"{i}.png").write_bytes(picture(i))
+            rows.writerow([f"{i}.png", caption(i), label(i)])
+    return str(path)
+
+
+def saved_dataset(folder: Path, numbers: range) -> str:
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "caption": datasets.Value("string"),
+            "colour": datasets.ClassLabel(names=NAMES),
+        }
+    )
+    rows = [{"image": {"bytes": picture(i), "path": None}, "caption": caption(i), "colour": i % 4} for i in numbers]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(folder))
+    return str(folder)
+
+
+def labels_of(data: mmssl.FilesData) -> dict[bytes, int]:
+    """Label by picture, from the shards that a data module streams."""
+    shards = ShardSet(data.train["train"]["shards"])
+    samples = [shards.read(i).members for i in range(len(shards))]
+    return {members["png"]: int(members["cls"]) for members in samples}
+
+
+SOURCES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "folder": lambda home: {"train": image_folder(home / "images", range(40)), "folder_labels": True},
+    "csv": lambda home: {"train": table(home / "a.csv", range(40)), "image": "file", "label": "colour"},
+    "dataset": lambda home: {"train": saved_dataset(home / "saved", range(40)), "image": "image", "label": "colour"},
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_labels_by_name_and_by_number(kind: str, tmp_path: Path) -> None:
+    data = mmssl.FilesData(**SOURCES[kind](tmp_path), batch_size=8, num_workers=0)
+    data.prepare_data()
+    names = NAMES if kind == "dataset" else sorted(NAMES)  # of a saved data set classes are numbers already
+    assert labels_of(data) == {picture(i): names.index(NAMES[i % 4]) for i in range(40)}
+    (packed,) = (tmp_path / "xdg/mmssl/packed").iterdir()
+    assert (packed / "classes.json").exists() == (kind != "dataset")
+    if kind != "dataset":
+        assert json.loads((packed / "classes.json").read_text()) == names
+
+
+def test_an_image_folder_is_learnt(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = mmssl.ImageClassifier(**SCRATCH, lr=3e-3, crop_scale=(0.9, 1.0))
+    data = mmssl.FilesData(
+        image_folder(tmp_path / "images", range(64)), folder_labels=True, val_part=0.2, batch_size=16, num_workers=0
+    )
+    run = trainer(tmp_path / "run", 150)
+    run.fit(module, data)
+    assert run.logged_metrics["val/accuracy"] > 0.9
+    assert json.loads((tmp_path / "run/classes.json").read_text()) == sorted(NAMES)
+
+
+def test_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_path: str) -> None:
+    """Pairs from a table; packed once; validation by the training's numbers; stopped, resumed, predicted."""
+    config = {
+        "model": {
+            "class_path": "mmssl.PairClassifier",
+            "init_args": {**SCRATCH, "tokenizer": tokenizer_path, "max_tokens": 16, "backbone_options": TINY},
+        },
+        "data": {
+            "class_path": "mmssl.FilesData",
+            "init_args": {
+                "train": table(tmp_path / "a/train.csv", range(32)),
+                "val": table(tmp_path / "b/val.csv", range(40, 43)),
+                "image": "file",
+                "text": "caption",
+                "label": "colour",
+                "batch_size": 8,
+                "num_workers": 0,
+            },
+        },
+        "trainer": {"max_steps": 4, "val_check_interval": 2, "accelerator": "cpu", "devices": 1, "logger": False},
+    }
+    path, run = tmp_path / "c.yaml", str(tmp_path / "run")
+    path.write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(path), "--run", run]) == 0
+    said = capsys.readouterr().out
+    assert said.count("mmssl: packed") == 2
+    assert "packed 32 samples" in said
+    assert main(["fit", "--run", run, "--resume", "--trainer.max_steps", "6"]) == 0
+    assert main(["predict", "--run", run]) == 0
+    assert "mmssl: packed" not in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run/predictions/labels-0.jsonl").read_text().splitlines()]
+    assert [row["truth"] for row in rows] == [sorted(NAMES).index(NAMES[i % 4]) for i in range(40, 43)]
+
+
+def test_what_changed_is_packed_anew(tmp_path: Path) -> None:
+    source = table(tmp_path / "a.csv", range(8))
+
+    def packed() -> dict[bytes, int]:
+        data = mmssl.FilesData(source, image="file", label="colour", batch_size=8, num_workers=0)
+        data.prepare_data()
+        return labels_of(data)
+
+    before = packed()
+    (tmp_path / "3.png").write_bytes(picture(20))  # the table itself is as it was
+    os.utime(tmp_path / "3.png", ns=(1, 1))
+    after = packed()
+    assert before.keys() - after.keys() == {picture(3)}
+    assert after.keys() - before.keys() == {picture(20)}
+    assert not list((tmp_path / "xdg/mmssl/packed").glob(".packing*"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda home: {"train": str(home / "none")}, "none: not found"),
+        (lambda home: {"train": str(home), "val": str(home), "val_part": 0.1}, "val and val_part 0.1 are both given"),
+        (lambda home: {"train": str(home), "classes": ["a", "a"]}, "names a class twice"),
+        (
+            lambda home: {"train": table(home / "a.csv", range(8)), "image": "picture"},
+            r"has no column 'picture' .* its columns are file, caption, colour",
+        ),
+        (
+            lambda home: {**SOURCES["csv"](home), "classes": ["red", "green"]},
+            r"the labels 'blue', 'grey' are not among the 2 of classes",
+        ),
+        (
+            lambda home: {**SOURCES["folder"](home), "classes": ["red", "green", "blue"]},
+            r"images: the labels 'grey' are not among the 3 of classes",
+        ),
+        (
+            lambda home: {**SOURCES["csv"](home), "val": table(home / "b/b.csv", range(4), lambda i: "pink")},
+            r"b.csv: the labels 'pink' are not among the 4 of the training data",
+        ),
+        (lambda home: {**SOURCES["csv"](home), "val_part": 1e-9}, "val_part 1e-09 of 40 samples holds none out"),
+        (lambda home: {**SOURCES["csv"](home), "packed_dir": "/proc/none"}, "packed_dir /proc/none cannot be written"),
+    ],
+)
+def test_what_cannot_be_used_is_named(make: Callable[[Path], dict[str, Any]], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        mmssl.FilesData(**make(tmp_path), batch_size=4, num_workers=0).prepare_data()
+
+
+def test_too_many_that_cannot_be_used(tmp_path: Path) -> None:
+    source = table(tmp_path / "a.csv", range(40))
+    for i in range(2):
+        (tmp_path / f"{i}.png").unlink()
+    with pytest.raises(ValueError, match=r"2 of 40 samples cannot be used \(2 x .*the first: .*row 1"):
+        mmssl.FilesData(source, image="file", batch_size=4, num_workers=0).prepare_data()
+    assert not list((tmp_path / "xdg/mmssl/packed").iterdir())
+
+
+def test_saved_datasets_that_are_not_what_they_seem(tmp_path: Path) -> None:
+    whole = datasets.load_from_disk(saved_dataset(tmp_path / "whole", range(8)))
+    whole.select([5, 1]).save_to_disk(str(tmp_path / "chosen"))
+    datasets.DatasetDict({"train": whole, "test": whole}).save_to_disk(str(tmp_path / "both"))
+    options: dict[str, Any] = {"image": "image", "label": "colour", "batch_size": 2, "num_workers": 0}
+    with pytest.raises(ValueError, match=r"holds several data sets \(test, train\); name the folder of one"):
+        mmssl.FilesData(str(tmp_path / "both"), **options).prepare_data()
+    data = mmssl.FilesData(str(tmp_path / "both/test"), **options)
+    data.prepare_data()
+    assert len(labels_of(data)) == 8
+    data = mmssl.FilesData(str(tmp_path / "chosen"), **options)
+    data.prepare_data()
+    assert labels_of(data) == {picture(5): 1, picture(1): 1}
+    state = json.loads((tmp_path / "chosen/state.json").read_text())  # as earlier versions of datasets left it
+    state["_indices_data_files"] = [{"filename": "indices.arrow"}]
+    (tmp_path / "chosen/state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"save it again after dataset\.flatten_indices\(\)"):
+        mmssl.FilesData(str(tmp_path / "chosen"), **options).prepare_data()
