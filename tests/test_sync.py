@@ -14,6 +14,7 @@ from mmssl.training.loggers import Wandb
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WandbServer:
     with WandbServer() as server:
+        monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", server.keys[0])
         monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -52,6 +53,7 @@ def test_segments_are_uploaded_once_in_their_order_under_one_group(
     assert [row["trainer/global_step"] for row in second.history] == [3, 4, 5]
     assert first.history[1]["train/loss"] == 0.5
 
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # nothing beside it, such as logs of wandb's
     server.asked.clear()
     assert main(["sync", str(run)]) == 0
     assert "nothing to upload" in capfd.readouterr().out

@@ -85,6 +85,10 @@ class WandbServer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, t: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the stage for good; once or several times."""
         self.stalled = False
         self._server.shutdown()
         self._server.server_close()

@@ -79,6 +79,7 @@ def _upload(segment: Path) -> str | None:
     environment = {
         k: v for k, v in os.environ.items() if k not in ("WANDB_MODE", "WANDB_SILENT")
     }  # it says what failed
+    environment["WANDB_DIR"] = str(segment.parent.parent)  # where it leaves logs of its own; else in the current folder
     command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(segment)]
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if next(segment.glob("*.wandb.synced"), None) is not None:  # wandb's own mark; its exit code is 0 either way

@@ -145,8 +145,9 @@ class Wandb(WandbLogger):
         folder: The run's folder; ``mmssl fit`` sets it.
         project: The W&B project.
         entity: The W&B user or team; default: the key's own.
-        connect_seconds: How long to try before going on offline.  At the end W&B has twice as long to take what it has
-            not taken yet; ``mmssl sync --online`` sends the rest.
+        connect_seconds: How long to try before going on offline.
+        finish_seconds: How long W&B has at the end to take what it has not taken yet; less than the 30 s that SLURM
+            leaves between its signals.  ``mmssl sync --online`` sends the rest.
     """
 
     def __init__(
@@ -155,10 +156,11 @@ class Wandb(WandbLogger):
         project: str | None = None,
         entity: str | None = None,
         connect_seconds: float = 10.0,
+        finish_seconds: float = 20.0,
     ) -> None:
         super().__init__(project=project or os.environ.get("WANDB_PROJECT") or "mmssl", save_dir=".")
         self._entity = entity
-        self._connect_seconds = connect_seconds
+        self._connect_seconds, self._finish_seconds = connect_seconds, finish_seconds
         self._dead = False
         self._folder = Path(".")
         if folder is not None:
@@ -206,7 +208,7 @@ class Wandb(WandbLogger):
     def _init(self, mode: str, run_id: str, name: str) -> Any:
         import wandb
 
-        limits: dict[str, Any] = {"init_timeout": self._connect_seconds, "finish_timeout": 2 * self._connect_seconds}
+        limits: dict[str, Any] = {"init_timeout": self._connect_seconds, "finish_timeout": self._finish_seconds}
         known = {k: v for k, v in limits.items() if k in wandb.Settings.model_fields}
         return wandb.init(
             mode=mode,  # type: ignore[arg-type]
