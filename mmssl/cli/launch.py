@@ -323,5 +323,7 @@ def _quiet() -> None:
         ".*does not have many workers.*",
         ".*callbacks used to create the checkpoint.*",
         ".*isinstance.treespec, LeafSpec.*",
+        # Inside a job it is worth reading; on a machine that merely has srun it says nothing.
+        *((".*`srun` command is available.*",) if "SLURM_JOB_ID" not in os.environ else ()),
     ):
         warnings.filterwarnings("ignore", pattern)
