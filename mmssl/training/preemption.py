@@ -215,14 +215,14 @@ class Preemption(Callback):
         """Put the trained weights back in place of averaged ones; whether all ranks have them now."""
         averages = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
         assert self._weights is not None
-        same = torch.equal(_fingerprint(pl_module), self._weights)
-        if not same:
+        other = not torch.equal(_fingerprint(pl_module), self._weights)
+        if other:
             for average in averages:
                 average._swap_models(pl_module)
-            same = torch.equal(_fingerprint(pl_module), self._weights)
+        same = torch.equal(_fingerprint(pl_module), self._weights)
         if trainer.world_size > 1:
             same = trainer.strategy.reduce_boolean_decision(same, all=True)
-        if not same:
+        if other and not same:
             for average in averages:
                 average._swap_models(pl_module)
         return same
