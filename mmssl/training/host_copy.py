@@ -63,9 +63,14 @@ def gathered(content: dict[str, Any], keep: bool) -> dict[str, Any]:
     """
 
     def gather(tensor: Tensor, place: Place) -> Tensor:
-        whole = tensor.detach()
-        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-        return whole.to("cpu", copy=True) if keep else torch.empty(0)
+        own = tensor.detach()
+        whole = own.full_tensor() if isinstance(own, DTensor) else own
+        if not keep:
+            return torch.empty(0)
+        # What was gathered is a copy already, unless this rank held all of it.
+        held = own.to_local() if isinstance(own, DTensor) else own
+        fresh = whole.untyped_storage().data_ptr() != held.untyped_storage().data_ptr()
+        return whole.cpu() if fresh else whole.to("cpu", copy=True)
 
     result: dict[str, Any] = mapped(content, gather)
     return result
