@@ -194,9 +194,9 @@ class Launch(LightningCLI):
         if config.resume or (not fit and self.checkpoint is None):
             if not self.folder.is_dir():
                 raise UsageError(f"there is no run at {self.folder}; give its folder with --run")
-            self.checkpoint = str(
-                latest_checkpoint(self.folder, set_aside=fit and is_rank_zero() and not config.dry_run)
-            )
+            first = is_rank_zero()  # every rank finds the same one; one tells of damaged ones
+            say = None if first else lambda line: None
+            self.checkpoint = str(latest_checkpoint(self.folder, say, set_aside=fit and first and not config.dry_run))
         if self.checkpoint is not None and not Path(self.checkpoint).exists():
             raise UsageError(f"there is no checkpoint {self.checkpoint}")
         if config.resume and 0 < config.trainer.max_steps <= step_of(Path(self.checkpoint or "")):

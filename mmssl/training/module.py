@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mmssl.draws import mix
 from mmssl.pretrained.whole import FORMAT, check_format
+from mmssl.training.changed import Changed
 from mmssl.training.guard import StepGuard
 from mmssl.training.messages import warn
 from mmssl.training.optim import adamw, warmup_cosine
@@ -142,7 +143,8 @@ class PretrainModule(LightningModule):
                 "mmssl fit keeps as tokenizer.json in the run's folder"
             )
         steps, now = checkpoint.get("max_steps"), self._trainer and self.trainer.max_steps
-        if steps is not None and now and steps != now and self.trainer.state.fn == TrainerFn.FITTING:
+        told = any(isinstance(c, Changed) for c in self.trainer.callbacks) if now else True  # type: ignore[attr-defined]
+        if steps is not None and steps != now and not told and self.trainer.state.fn == TrainerFn.FITTING:
             rank_zero_only(warn)(
                 f"trainer.max_steps was {steps} in the checkpoint, now {now}: the schedule ends there, so the learning "
                 "rate is another one from here on"
