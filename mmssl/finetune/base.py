@@ -8,8 +8,10 @@ from mmssl.backbone import Backbone, make_backbone
 from mmssl.data.crops import Crop, RandomResizedCrop, ResizeCenterCrop
 from mmssl.data.tokenizer import TextTokenizer
 from mmssl.finetune.layers import freeze, layer_groups, layer_ids
+from mmssl.finetune.lora import add_lora
 from mmssl.finetune.prepare import Tokens
 from mmssl.pretrained import Pretrained, load_backbone
+from mmssl.pretrained.lora import LORA
 from mmssl.pretrained.whole import read_checkpoint
 from mmssl.training.module import PretrainModule
 
@@ -41,6 +43,9 @@ class FineTuned(PretrainModule):
             not.
         frozen_layers: 1 freezes the embeddings, 1 + n the first n blocks too.
         drop_path_rate: stochastic depth at the last block, growing linearly from 0.
+        lora_rank: above 0 the backbone stays as it is, and low-rank adapters of this rank beside the linear layers of
+            its blocks are trained (needs peft).  What :func:`mmssl.load_backbone` opens afterwards has them merged.
+        lora_alpha, lora_dropout: adapters count alpha / rank times, null: twice; dropout before them.
         tokenizer, max_tokens: see :class:`TextClassifier`.
         kwargs: optimizer and schedule, see :class:`mmssl.training.module.PretrainModule`.
 
@@ -64,6 +69,9 @@ class FineTuned(PretrainModule):
         layer_decay: float = 1.0,
         frozen_layers: int = 0,
         drop_path_rate: float = 0.0,
+        lora_rank: int = 0,
+        lora_alpha: int | None = None,
+        lora_dropout: float = 0.0,
         tokenizer: str | None = None,
         max_tokens: int | None = None,
         **kwargs: Any,
@@ -92,6 +100,11 @@ class FineTuned(PretrainModule):
             encoder.drop_text()
         encoder.freeze_unused(self.needs)
         freeze(encoder, frozen_layers)
+        self._lora_scale = None
+        if lora_rank:
+            if frozen_layers:
+                raise ValueError(f"frozen_layers is {frozen_layers}, but with lora_rank {lora_rank} all are; take 0")
+            self._lora_scale = add_lora(encoder, lora_rank, lora_alpha, lora_dropout)
         self.network = nn.ModuleDict({"backbone": encoder})  # to which a task's own class adds its head
 
     def _from_scratch(self, name: str | None, options: dict[str, Any], tokenizer: str | None) -> Backbone:
@@ -126,6 +139,8 @@ class FineTuned(PretrainModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint[SHAPE] = self.network.backbone.arguments()
+        if self._lora_scale is not None:
+            checkpoint[LORA] = self._lora_scale
 
     def tokens(self) -> Tokens | None:
         """How texts become tokens; None where there is no text."""

@@ -59,6 +59,8 @@ class Classifier(FineTuned):
             raise ValueError(f"label_smoothing is {label_smoothing}, but numbers have no classes; take 0")
         self.num_classes, self.label_key, self.label_smoothing = num_classes, label_key, label_smoothing
         encoder = self.network.backbone
+        if mode == "linear_probe" and self._lora_scale is not None:
+            raise ValueError("mode is linear_probe, which trains the head alone, but lora_rank is given; choose one")
         if mode == "linear_probe":
             encoder.requires_grad_(False)
         self.network = ClassifierNetwork(encoder, self.needs, num_classes, pool, mode == "linear_probe", head_norm)

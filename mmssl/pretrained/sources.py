@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmssl.data.tokenizer import TextTokenizer
+from mmssl.pretrained.lora import LORA, Merged
 from mmssl.pretrained.sharded import TABLE, ShardedTensors, read_meta
 from mmssl.pretrained.whole import CheckpointError, check_format, damage_of, first_line, latest_checkpoint
 
@@ -215,7 +216,9 @@ def _from_lightning(path: Path, content: dict[str, Any], state: Mapping[str, Ten
     if prefix is None or not isinstance(arguments.get("backbone"), str):
         what = "tensors of a backbone" if prefix is None else "word of which backbone to build"
         raise ValueError(f"{path} is no checkpoint of mmssl: it has no {what}; for image weights see init_from")
-    tensors = _Part(state, prefix)
+    tensors: Mapping[str, Tensor] = _Part(state, prefix)
+    if (scale := content.get(LORA)) is not None:
+        tensors = Merged(tensors, scale)
     options = {k: v for k, v in (arguments.get("backbone_options") or {}).items() if k not in ("pretrained", "weights")}
     if "text.position" in tensors:
         digest = content.get("tokenizer_sha256")
