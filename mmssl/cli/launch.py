@@ -194,9 +194,10 @@ class Launch(LightningCLI):
         if config.resume or (not fit and self.checkpoint is None):
             if not self.folder.is_dir():
                 raise UsageError(f"there is no run at {self.folder}; give its folder with --run")
-            first = is_rank_zero()  # every rank finds the same one; one tells of damaged ones
+            first = is_rank_zero()  # whose choice counts, and who reads all of it and tells of damaged ones
             say = None if first else lambda line: None
-            self.checkpoint = str(latest_checkpoint(self.folder, say, set_aside=fit and first and not config.dry_run))
+            aside = fit and first and not config.dry_run
+            self.checkpoint = str(latest_checkpoint(self.folder, say, aside, thorough=first))
         if self.checkpoint is not None and not Path(self.checkpoint).exists():
             raise UsageError(f"there is no checkpoint {self.checkpoint}")
         if config.resume and 0 < config.trainer.max_steps <= step_of(Path(self.checkpoint or "")):
