@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import webdataset
 import yaml
-from pairs import TINY
+from pairs import TINY, picture
 from runs import SMALL
 
 import mmssl
+from mmssl.backbone import make_backbone
 from mmssl.cli import main
 from mmssl.cli.resume import DATA, MODEL, REST, changes_since
 from mmssl.data.datamodule import DataModule
@@ -235,6 +237,45 @@ def test_another_tokenizer_is_refused_and_a_moved_one_taken(
     assert [line for line in said(capsys) if "tokenizer" in line] == []
 
 
+@pytest.mark.parametrize("scratch", [True, False])
+def test_a_fine_tuned_backbone_takes_another_drop_path_rate(
+    image_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], scratch: bool
+):
+    """Its shape comes from the checkpoint, how it is trained from the config."""
+    with webdataset.TarWriter(str(tmp_path / "labelled.tar")) as writer:
+        for i in range(16):
+            writer.write({"__key__": f"{i:06d}", "png": picture(i), "cls": str(i % 4).encode()})
+    model: dict[str, Any] = {"num_classes": 4, "backbone": str(image_run), "drop_path_rate": 0.1}
+    key = "drop_path_rate"
+    if scratch:
+        options = {**TINY, "drop_path_rate": 0.1}
+        model = {"num_classes": 4, "backbone_name": "vit_tiny_patch16_224", "backbone_options": options}
+        key = "backbone_options.drop_path_rate"
+    config = {
+        "model": {"class_path": "mmssl.ImageClassifier", "init_args": model},
+        "data": {"train": str(tmp_path / "labelled.tar"), "batch_size": 8, "num_workers": 0},
+        "trainer": {"max_steps": 2, "accelerator": "cpu", "logger": False},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    run = tmp_path / "run"
+    assert main(["fit", "--config", str(tmp_path / "config.yaml"), "--run", str(run)]) == 0
+
+    rates = []
+
+    def spied(name: str, options: Any, *args: Any, **kwargs: Any) -> Any:
+        rates.append(options["drop_path_rate"])
+        return make_backbone(name, options, *args, **kwargs)
+
+    monkeypatch.setattr("mmssl.finetune.base.make_backbone", spied)
+    resume(run, "--trainer.max_steps=3")
+    capsys.readouterr()
+    resume(run, f"--model.{key}=0.5", "--trainer.max_steps=4")
+    assert rates == [0.1, 0.5]
+    assert f"model.init_args.{key}: 0.1 -> 0.5 (when the model is built)" in "\n".join(said(capsys))
+    assert main(["fit", "--run", str(run), "--resume", "--trainer.max_steps=5", "--model.pool=cls"]) == 2
+    assert "model.init_args.pool was mean when this run last trained, now cls" in capsys.readouterr().err
+
+
 def test_every_argument_of_every_class_has_a_rule():
     """A new argument must say what its change in mid-run means."""
     from fnmatch import fnmatchcase
@@ -242,11 +283,14 @@ def test_every_argument_of_every_class_has_a_rule():
     def named(rules: Any, name: str) -> bool:
         return name in ("tokenizer",) or any(fnmatchcase(name, rule.pattern) for rule in rules if rule.pattern != "*")
 
-    for name in ("MAE", "MLM", "MMM", "ImageClassifier", "TextClassifier", "PairClassifier"):
-        for base in getattr(mmssl, name).__mro__[: getattr(mmssl, name).__mro__.index(PretrainModule) + 1]:
+    exported = [getattr(mmssl, name) for name in mmssl.__all__]
+    modules = [cls for cls in exported if isinstance(cls, type) and issubclass(cls, PretrainModule)]
+    assert len(modules) >= 6
+    for cls in modules:
+        for base in cls.__mro__[: cls.__mro__.index(PretrainModule) + 1]:
             for argument in inspect.signature(base.__init__).parameters:
                 if argument not in ("self", "kwargs"):
-                    assert named(MODEL, argument), f"{name}.{argument}"
+                    assert named(MODEL, argument), f"{cls.__name__}.{argument}"
     told = {"num_workers", "val_batch_size", "budget", "prefetch_factor", "allow_appended", "bad_samples"}
     told |= {"cache_dir", "cache_limit_gb", "multiprocessing_context"}  # of no weight for what is learnt
     for argument in inspect.signature(DataModule.__init__).parameters:

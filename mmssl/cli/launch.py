@@ -37,7 +37,7 @@ from mmssl.cli.folder import (
 )
 from mmssl.cli.keys import Checker, UsageError, one_line, read_yaml
 from mmssl.cli.lock import locked
-from mmssl.cli.resume import changes_since, with_changes
+from mmssl.cli.resume import changes_since, with_own_options
 from mmssl.training import signals
 from mmssl.training.callbacks.health import Health
 from mmssl.training.callbacks.predictions import Predictions
@@ -225,9 +225,10 @@ class Launch(LightningCLI):
         if self.checkpoint is not None and "backbone_name" in arguments:  # it holds the fine-tuned backbone whole
             from mmssl.finetune.base import without_source
 
+            told = dict(arguments["backbone_options"] or {})
             for name, value in without_source(self.checkpoint).items():
                 arguments[name] = value
-            with_changes(arguments, self._changes)
+            arguments["backbone_options"] = with_own_options(arguments["backbone_options"], told)
 
     def _dumped(self, config: Any) -> str:
         """The resolved config as a later start may read it."""

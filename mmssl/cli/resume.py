@@ -66,6 +66,12 @@ MODEL = (
     Rule("label_key", "applied", "in the loader"),
     Rule("layer_decay", "applied", "in the optimizer's rates"),
     Rule("drop_path_rate", "applied", "when the model is built"),
+    Rule("lora_dropout", "applied", "in every step"),
+    Rule("lora_rank", "refused", _SHAPE),
+    Rule("lora_alpha", "refused", _SHAPE),
+    Rule("embed_dim", "refused", _SHAPE),
+    Rule("target", "refused", _SHAPE),
+    Rule("temperature", "refused", "it is where learning began, and the checkpoint holds what was learnt"),
     Rule("init_from", "refused", "the weights come from the checkpoint, so it would be without effect"),
     Rule("backbone_weights", "refused", "the weights come from the checkpoint, so it would be without effect"),
     Rule("backbone*", "refused", _SHAPE),
@@ -80,11 +86,15 @@ MODEL = (
     Rule("frozen_layers", "refused", "the optimizer's state belongs to the parameters that were trained"),
 )
 DATA = (
-    Rule("train", "applied", "if these are the same samples; else the checkpoint is refused when it is loaded"),
-    Rule("train.*", "applied", "if these are the same samples; else the checkpoint is refused when it is loaded"),
-    Rule("val", "applied", "val/ numbers do not compare with the earlier ones"),
-    Rule("val.*", "applied", "val/ numbers do not compare with the earlier ones"),
-    Rule("val_samples", "applied", "val/ numbers do not compare with the earlier ones"),
+    *(
+        Rule(name, "applied", "if these are the same samples; else the checkpoint is refused when it is loaded")
+        # The later ones are of mmssl.FilesData, which packs files into shards.
+        for name in ("train", "train.*", "val_part", "image", "text", "label", "key", "folder_labels", "classes")
+    ),
+    *(
+        Rule(name, "applied", "val/ numbers do not compare with the earlier ones")
+        for name in ("val", "val.*", "val_samples")
+    ),
     Rule("batch_size", "refused", _ORDER),
     Rule("lanes", "refused", _ORDER),
     Rule("seed", "refused", _ORDER),
@@ -142,12 +152,10 @@ def changes_since(folder: Path, text: str) -> list[Change]:
     return changes
 
 
-def with_changes(arguments: Any, changes: list[Change]) -> None:
-    """Put changed options of the backbone into the arguments of a classifier, whose shape comes from its checkpoint."""
-    for change in changes:
-        name = change.key.rpartition(".")[2]
-        if name in ("drop_path_rate", "grad_checkpointing") and change.key.startswith("model."):
-            arguments["backbone_options"][name] = change.new or type(change.old)()
+def with_own_options(shape: Any, told: dict[str, Any]) -> Any:
+    """The backbone's shape as a checkpoint has it, with what the config says of how it is trained."""
+    own = {name: value for name, value in told.items() if name in ("drop_path_rate", "grad_checkpointing")}
+    return {**shape, **own} if own else shape
 
 
 def _of_a_new_class(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
@@ -170,14 +178,13 @@ def _rule(key: str, config: dict[str, Any]) -> Rule:
         own = Rule("*", "applied", f"as far as {cls.__name__} reads it from the config and not from the checkpoint")
         if name == "tokenizer":
             return Rule(name, "refused", "the weights know its words by number")
-        if cls.__name__ == "TextClassifier" and name == "max_tokens":
-            return Rule(name, "applied", "in the loader")
+        if name == "max_tokens" and "backbone_name" in config["model"]["init_args"]:  # of fine-tuning
+            return Rule(name, "applied", "in the loader; the backbone's positions stay")
         return next((r for r in rules for n in named if fnmatchcase(n, r.pattern)), own)
-    own_data = "class_path" in config.get("data", {})
-    if own_data and section == "data" and name:
+    if section == "data" and name:
         own = Rule("*", "applied", "as far as the data class reads it from the config and not from the checkpoint")
-        return own if _class(config["data"]["class_path"]) is not DataModule else _first(DATA, name)
-    if key.startswith("data.") and not own_data:
+        return _first(DATA, name) if issubclass(_class(config["data"]["class_path"]), DataModule) else own
+    if key.startswith("data.") and "class_path" not in config["data"]:
         return _first(DATA, key.removeprefix("data."))
     return _first((*REST, Rule("*", "applied", "from now on")), key)
 
