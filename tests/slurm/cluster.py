@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "mini-slurm.sh"
 NODES = 4
+REQUIRED = os.environ.get("MMSSL_SLURM") == "required" or bool(os.environ.get("CI"))  # then no test may be skipped
 SLURMD_TIMEOUT = 10  # after which a node that does not answer is down
 
 
@@ -136,7 +137,7 @@ class Slurm:
             "SLURM_CONF": str(folder / "slurm" / "slurm.conf"),
             "MMSSL_HOME": str(ROOT),
             "MMSSL_VENV": sys.prefix,
-            "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT / 'tests/slurm'}",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/slurm'}",
             "CUDA_VISIBLE_DEVICES": "",
         }
 

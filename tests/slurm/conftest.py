@@ -10,7 +10,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cluster import CannotStart, Slurm, shared_slurm
+from cluster import REQUIRED, CannotStart, Slurm, shared_slurm
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         with shared_slurm(base / "slurm") as running:
             yield running
     except CannotStart as error:
-        if os.environ.get("MMSSL_SLURM") == "required" or os.environ.get("CI"):
+        if REQUIRED:
             pytest.fail(f"{error}; in CI the tests on SLURM must run")
         pytest.skip(f"{error}; MMSSL_SLURM=required makes this a failure")
 

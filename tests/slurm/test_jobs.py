@@ -27,7 +27,7 @@ def test_the_time_limit_requeues_scancel_does_not_and_a_chain_goes_on(slurm: Slu
     assert slurm.job(two)["Reason"] == "Dependency"
 
     # `scancel` saves, and the job stays cancelled; the next link of the chain goes on.
-    until(lambda: f"from step {saved} to step 60" in lines_of(work / "log"), "the second start", 60)
+    until(lambda: f"from step {saved} to step 60" in lines_of(work / "log"), "the second start", 120)
     slurm("scancel", one)
     assert slurm.wait(one, "CANCELLED")["Restarts"] == "1"
     until(lambda: "was cancelled; its checkpoint is saved" in lines_of(work / "log"), "the end of the script", 30)
@@ -91,7 +91,7 @@ def test_submit(slurm: Slurm, work: Path, monkeypatch, capsys) -> None:
 
     # While it runs, its folder is its own.
     lock = json.loads((work / "runs/sub/lock").read_text())
-    assert (lock["job"], lock["host"]) == (job, "n4")
+    assert lock["job"] == job
     assert main(["fit", "--config", "tiny.yaml", "--run", "runs/sub"]) == 2
     assert f"runs/sub is being trained by SLURM job {job}" in capsys.readouterr().err
 
