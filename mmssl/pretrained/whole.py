@@ -32,8 +32,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def damage_of(path: Path) -> str | None:
-    """Why ``path`` is not a whole checkpoint, or None when it is.  Reads the whole file, once."""
+def damage_of(path: Path, thorough: bool = True) -> str | None:
+    """Why ``path`` is not a whole checkpoint, or None when it is.
+
+    Args:
+        path: a file, or a sharded checkpoint's folder.
+        thorough: read all of it, once, and compare checksums; otherwise look at what is there and how long it is.
+    """
     try:
         stat = path.stat()
     except OSError as error:
@@ -41,17 +46,17 @@ def damage_of(path: Path) -> str | None:
     if path.is_dir():
         from mmssl.pretrained.sharded import damage_of_sharded  # here, for its imports take a while
 
-        return damage_of_sharded(path)
-    return _damage_of(path, stat.st_mtime_ns, stat.st_size)
+        return damage_of_sharded(path, thorough)
+    return _damage_of(path, stat.st_mtime_ns, stat.st_size, thorough)
 
 
 @lru_cache(maxsize=32)  # one start asks twice: when it looks for the newest, and when it loads it
-def _damage_of(path: Path, _mtime: int, size: int) -> str | None:
+def _damage_of(path: Path, _mtime: int, size: int, thorough: bool) -> str | None:
     if size == 0:
         return "the file is empty"
     try:
         with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
+            bad = archive.testzip() if thorough else None
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
         return f"the file is damaged or cut short ({first_line(error)})"
@@ -75,24 +80,25 @@ def step_of(path: Path) -> int:
     return step if isinstance(step, int) else -1
 
 
-def read_checkpoint(path: str | Path, tensors: bool = True) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, tensors: bool = True, thorough: bool = True) -> dict[str, Any]:
     """What a checkpoint holds, a sharded one put together: tensors on the CPU and plain values, never code.
 
     Args:
         path: a file, or a sharded checkpoint's folder.
         tensors: False leaves the weights of a sharded checkpoint out and maps a file's into memory instead of reading
             them, for who asks only for what stands beside.
+        thorough: check all of it before; False where that was done already.
 
     Raises:
         CheckpointError: it is damaged, or not to be read safely.
     """
     path = Path(path)
-    if damage := damage_of(path):
+    if damage := damage_of(path, thorough):
         raise CheckpointError(f"cannot load {path}: {damage}; name another checkpoint")
     if path.is_dir():
         from mmssl.pretrained.sharded import read_whole, split_meta
 
-        return read_whole(path) if tensors else split_meta(path)[0]
+        return read_whole(path) if tensors else split_meta(path)[0]  # both after the check above
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=not tensors)
     except (pickle.UnpicklingError, RuntimeError, OSError) as error:
@@ -102,16 +108,18 @@ def read_checkpoint(path: str | Path, tensors: bool = True) -> dict[str, Any]:
     return content
 
 
-def latest_checkpoint(folder: str | Path, say: Callable[[str], None] | None = None, set_aside: bool = False) -> Path:
+def latest_checkpoint(
+    folder: str | Path, say: Callable[[str], None] | None = None, set_aside: bool = False, thorough: bool = True
+) -> Path:
     """The newest whole checkpoint of a run, a file or a sharded checkpoint's folder.
 
-    Every rank finds the same one: what counts are step, name and content, and a damaged one that another rank renames
-    meanwhile is passed over either way.
+    Of several ranks the first one's choice counts, when they load; the others need no thorough look.
 
     Args:
         folder: A run folder, or its ``checkpoints`` folder.
         say: Called with one line for every damaged checkpoint that is passed over; default: standard error.
         set_aside: Rename damaged checkpoints to ``*.damaged`` so that they are out of the way; for one process alone.
+        thorough: As :func:`damage_of`.
 
     Raises:
         CheckpointError: There is no whole checkpoint.
@@ -125,7 +133,7 @@ def latest_checkpoint(folder: str | Path, say: Callable[[str], None] | None = No
     # By step and name alone: another rank may rename a damaged one while this one looks.
     found = sorted(folder.glob("*.ckpt"), key=lambda path: (step_of(path), path.name), reverse=True)
     for path in found:
-        damage = damage_of(path)
+        damage = damage_of(path, thorough)
         if damage is None:
             return path
         say(f"mmssl: {path}: {damage}; falling back to the checkpoint before it")

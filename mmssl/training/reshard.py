@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from mmssl.pretrained.sharded import PLACES, TABLE, TableReader, load_into, put, read_table, split_meta
 from mmssl.pretrained.whole import CheckpointError, read_checkpoint
 from mmssl.training.sharded import split
-from mmssl.training.together import check_together, fail_together
+from mmssl.training.together import fail_together, same_checkpoint
 
 
 def load_sharded(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def load_sharded(path: Path, model: nn.Module, optimizers: list[torch.optim.Opti
     Every rank reads its own part; all ranks call this together.
 
     Args:
-        path: the same on all ranks.
+        path: rank 0's counts.
         model: whose ``state_dict`` names the weights; sharded already.
         optimizers: over its parameters, in the order of the checkpoint; none where nothing is trained.
 
@@ -38,9 +38,9 @@ def load_sharded(path: Path, model: nn.Module, optimizers: list[torch.optim.Opti
         What the checkpoint holds besides.
 
     Raises:
-        CheckpointError: on every rank, if the ranks see different checkpoints, it is damaged, or it does not fit.
+        CheckpointError: on every rank, if it is damaged, a rank does not see it, or it does not fit.
     """
-    check_together(path)
+    path = same_checkpoint(path)
     message, content, cause = None, {}, None
     try:
         content = _filled(path, model, optimizers)
@@ -102,7 +102,8 @@ def _filled(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer
         sizes = {name: (entry.size, entry.properties.dtype) for name, entry in _tensors_of(table).items()}
         reader = TableReader(path, table)
     else:
-        content, tensors = split(read_checkpoint(path, tensors=False))  # mapped: each rank reads its own part
+        # Mapped into memory: each rank reads its own part.
+        content, tensors = split(read_checkpoint(path, tensors=False, thorough=False))
         places = content.pop(PLACES)
         sizes = {name: (tensor.size(), tensor.dtype) for name, tensor in tensors.items()}
         reader = _FileReader(tensors)

@@ -22,7 +22,7 @@ from mmssl.pretrained.whole import CheckpointError, first_line, read_checkpoint
 from mmssl.training.fsdp_checkpoint import SavesSharded
 from mmssl.training.host_copy import HostCopy
 from mmssl.training.in_place import put_in_place, remove, why_not_written
-from mmssl.training.together import check_together, fail_together
+from mmssl.training.together import fail_together, same_checkpoint
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -68,14 +68,12 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Read a checkpoint, a file or a sharded one, after checking that it is whole.
 
-        Where there are several ranks, all of them call this together.
+        Where there are several ranks, all of them call this together, and rank 0's path counts.
 
         Raises:
-            CheckpointError: There is no such checkpoint, it is damaged, or the ranks mean different ones.
+            CheckpointError: There is no such checkpoint, it is damaged, or a rank does not see it.
         """
-        path = Path(path)
-        check_together(path)
-        return read_checkpoint(path)
+        return read_checkpoint(same_checkpoint(Path(path)), thorough=False)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         remove(Path(path))

@@ -39,10 +39,15 @@ def raise_first(said: list[str | None], cause: BaseException | None = None) -> N
             raise error from cause
 
 
-def check_together(path: Path) -> None:
-    """Raises CheckpointError on every rank unless all of them mean the same, whole checkpoint."""
-    seen = hear_all((str(path), damage_of(path)))
-    if len({name for name, _ in seen}) > 1:
-        names = ", ".join(f"rank {rank}: {name}" for rank, (name, _) in enumerate(seen))
-        raise CheckpointError(f"the ranks found different checkpoints ({names}); is the folder on a shared disk?")
-    raise_first([damage and f"cannot load {path}: {damage}; name another checkpoint" for _, damage in seen])
+def same_checkpoint(path: Path) -> Path:
+    """The checkpoint that rank 0 means, for all ranks, which see it; rank 0 has read all of it to check it.
+
+    Raises:
+        CheckpointError: on every rank, if it is damaged or a rank does not see it.
+    """
+    path = Path(hear_all(str(path))[0])
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    damage = damage_of(path, thorough=first)
+    hint = "name another checkpoint" if first else "is the folder on a disk that all ranks see?"
+    fail_together(damage and f"cannot load {path}: {damage}; {hint}")
+    return path

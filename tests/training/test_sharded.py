@@ -216,8 +216,9 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_on_all_ranks(saved: Path, tm
         net.seen = torch.zeros(2)
         with pytest.raises(CheckpointError, match=r"seen is \(4,\) there and \(2,\)"):
             load_sharded(folder_of(saved), net, [optimizer])
-        with pytest.raises(CheckpointError, match="found different checkpoints"):
-            load_sharded(tmp_path / str(rank), net, [optimizer])
+        net, optimizer = made(2)
+        path = folder_of(saved) if rank == 0 else tmp_path / "other"  # rank 0's counts
+        assert load_sharded(path, net, [optimizer])["global_step"] == 2
 
     together(2, tmp_path / "meet", load)
 
