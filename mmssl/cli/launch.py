@@ -44,7 +44,7 @@ from mmssl.training.callbacks.predictions import Predictions
 from mmssl.training.callbacks.progress import Lines
 from mmssl.training.callbacks.throughput import Throughput
 from mmssl.training.changed import Change, Changed
-from mmssl.training.checkpoint import AtomicCheckpointIO, Checkpoints, latest_checkpoint, step_of
+from mmssl.training.checkpoint import AtomicCheckpointIO, Checkpoints, damage_of, latest_checkpoint, step_of
 from mmssl.training.launcher import supervise
 from mmssl.training.loggers import MetricsFile, Wandb
 from mmssl.training.preemption import Preemption
@@ -200,7 +200,8 @@ class Launch(LightningCLI):
             self.checkpoint = str(latest_checkpoint(self.folder, say, aside, thorough=first))
         if self.checkpoint is not None and not Path(self.checkpoint).exists():
             raise UsageError(f"there is no checkpoint {self.checkpoint}")
-        if config.resume and 0 < config.trainer.max_steps <= step_of(Path(self.checkpoint or "")):
+        finished = config.resume and 0 < config.trainer.max_steps <= step_of(Path(self.checkpoint or ""))
+        if finished and (is_rank_zero() or damage_of(Path(self.checkpoint or "")) is None):  # or rank 0 takes another
             if is_rank_zero():
                 print(f"mmssl: {self.folder} is at step {config.trainer.max_steps} already; it is finished", flush=True)
             raise SystemExit(0)
