@@ -277,11 +277,11 @@ def test_traceback_on_request(toy_folder: Path, monkeypatch):
 def test_slurm_does_not_requeue_inside_a_handler(monkeypatch):
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-    from mmssl.cli.launch import _plugins
+    from mmssl.cli.extras import plugins
 
-    assert not any(isinstance(p, SLURMEnvironment) for p in _plugins(None))
+    assert not any(isinstance(p, SLURMEnvironment) for p in plugins(None))
     monkeypatch.setattr(SLURMEnvironment, "detect", staticmethod(lambda: True))
-    [environment] = [p for p in _plugins(None) if isinstance(p, SLURMEnvironment)]
+    [environment] = [p for p in plugins(None) if isinstance(p, SLURMEnvironment)]
     assert environment.auto_requeue is False
 
 

@@ -4,26 +4,22 @@ A run's folder holds config.yaml, checkpoints/, metrics.csv, pictures/, wandb/. 
 written to by another one: ``--resume`` goes on with it, from its newest whole checkpoint, or ends with an error.
 """
 
-import logging
 import os
 import sys
 import tempfile
-import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import yaml
-from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 
 from mmssl.cli.cluster import fit_to_job, in_step
 from mmssl.cli.dry_run import as_dry_run, check_place
 from mmssl.cli.environment import show
+from mmssl.cli.extras import Started, loggers, plugins, quiet
 from mmssl.cli.folder import (
     ConfigFile,
     begun,
@@ -44,9 +40,8 @@ from mmssl.training.callbacks.predictions import Predictions
 from mmssl.training.callbacks.progress import Lines
 from mmssl.training.callbacks.throughput import Throughput
 from mmssl.training.changed import Change, Changed
-from mmssl.training.checkpoint import AtomicCheckpointIO, Checkpoints, damage_of, latest_checkpoint, step_of
+from mmssl.training.checkpoint import Checkpoints, latest_checkpoint, step_of
 from mmssl.training.launcher import supervise
-from mmssl.training.loggers import MetricsFile, Wandb
 from mmssl.training.preemption import Preemption
 from mmssl.training.tokenizer_file import TokenizerFile, tokenizer_of_run
 
@@ -66,7 +61,7 @@ def launch(args: list[str], state: dict[str, bool]) -> None:
 
     ``state["building"]`` becomes False when the first batch is about to be computed.
     """
-    _quiet()
+    quiet()
     sys.path.append(os.getcwd())  # so that a config can name a class of one's own beside it; last, to shadow nothing
     args = with_config_of_run(args)
     with ExitStack() as at_end:
@@ -242,21 +237,22 @@ class Launch(LightningCLI):
     # ---- the Trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> pl.Trainer:
-        config["plugins"] = _plugins(config["plugins"])
+        config["plugins"] = plugins(config["plugins"])
         own = config["callbacks"] or []
         own = own if isinstance(own, list) else [own]
         if self.config[self.subcommand].dry_run:
+            signals.current.uninstall()  # there is nothing to save
             scratch = Path(self._at_end.enter_context(tempfile.TemporaryDirectory()))
             config = as_dry_run({**config, "callbacks": own}, callbacks, self._changes, self.folder, scratch)
             return self.trainer_class(**config)
         config["default_root_dir"] = str(self.folder)
-        config["logger"] = self._loggers(config["logger"])
+        config["logger"] = loggers(self.subcommand or "", self.folder, config["logger"])
         fit = self.subcommand == "fit"
         saves = fit and not config["fast_dev_run"] and config["enable_checkpointing"] is not False
         first: list[Callback] = [Throughput()] if fit else []
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in own):
             first.append(Lines())
-        last: list[Callback] = [_Started(self._state)]
+        last: list[Callback] = [Started(self._state)]
         if fit and not config["fast_dev_run"]:
             config_now, record = yaml.safe_load(self._resolved), self.folder / "changes.jsonl"
             last += [ConfigFile(self.folder, self._resolved), TokenizerFile(self.folder)]
@@ -276,57 +272,8 @@ class Launch(LightningCLI):
         supervise(trainer)
         return trainer
 
-    def _loggers(self, asked: Any) -> list[Logger]:
-        if self.subcommand != "fit":
-            return [MetricsFile(self.folder / f"{self.subcommand}.csv", first_step=0)]
-        metrics = MetricsFile(self.folder / "metrics.csv")
-        if asked is False:
-            return [metrics]
-        if asked is None or asked is True:
-            asked = Wandb()
-        loggers = list(asked) if isinstance(asked, list | tuple) else [asked]
-        for logger in loggers:
-            if isinstance(logger, Wandb):
-                logger.set_folder(self.folder)
-        return [*loggers, metrics]
-
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "predict":
             kwargs["return_predictions"] = False  # they are in files; keeping them would fill the memory
         return {**kwargs, "ckpt_path": self.checkpoint, "weights_only": True}
-
-
-class _Started(Callback):
-    """Notes that building is over: what fails from here on is no longer a matter of the config."""
-
-    def __init__(self, state: dict[str, bool]) -> None:
-        self._state = state
-
-    def _note(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._state["building"] = False
-
-    on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = _note
-
-
-def _plugins(asked: Any) -> list[Any]:
-    plugins = list(asked) if isinstance(asked, list | tuple) else [asked] if asked is not None else []
-    if not any(isinstance(p, CheckpointIO) for p in plugins):
-        plugins.append(AtomicCheckpointIO())
-    if SLURMEnvironment.detect() and not any(isinstance(p, ClusterEnvironment) for p in plugins):
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's own saves inside the signal handler
-    return plugins
-
-
-def _quiet() -> None:
-    """Keep Lightning's advertisements and notices out of the log; warnings that matter stay."""
-    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for pattern in (
-        ".*does not have many workers.*",
-        ".*callbacks used to create the checkpoint.*",
-        ".*isinstance.treespec, LeafSpec.*",
-        # Inside a job it is worth reading; on a machine that merely has srun it says nothing.
-        *((".*`srun` command is available.*",) if "SLURM_JOB_ID" not in os.environ else ()),
-    ):
-        warnings.filterwarnings("ignore", pattern)
