@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "mini-slurm.sh"
 NODES = 4
 REQUIRED = os.environ.get("MMSSL_SLURM") == "required" or bool(os.environ.get("CI"))  # then no test may be skipped
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 SLURMD_TIMEOUT = 10  # after which a node that does not answer is down
 
 
@@ -167,14 +168,26 @@ class Slurm:
 
     def wait(self, job: str, *states: str, seconds: float = 120) -> dict[str, str]:
         """Wait until the job is in one of the states, and tell what SLURM knows of it."""
-        until(lambda: self.state(job) in states, f"job {job} in {states}", seconds, lambda: self.job(job)["JobState"])
+
+        def there() -> bool:
+            state = self.state(job)
+            assert state in states or state not in ENDED, f"job {job} is {state}; {self.log(job)}"
+            return state in states
+
+        until(there, f"job {job} in {states}", seconds, lambda: self.state(job))
         return self.job(job)
+
+    def log(self, job: str) -> str:
+        """What the job has written."""
+        path = Path(self.job(job)["StdOut"])
+        return path.read_text() if path.exists() else "no log"
 
     def requeued(self, job: str, times: int, seconds: float = 120) -> None:
         """Wait until the job was requeued so many times, and start it: SLURM itself would hold it for two minutes."""
 
         def held() -> bool:
             known = self.job(job)
+            assert known["JobState"] not in ENDED, f"job {job} is {known['JobState']}; {self.log(job)}"
             return known["JobState"] == "PENDING" and int(known["Restarts"]) == times
 
         until(held, f"job {job} requeued {times} times", seconds, lambda: str(self.job(job)))
