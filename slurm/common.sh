@@ -78,6 +78,12 @@ head_of_log() {
     "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST: $SLURM_NNODES x $TASKS_PER_NODE tasks, $(date)"
 }
 
+# What each task runs.  srun returns the highest code of all, and once a task has failed it ends the others with SIGTERM,
+# which leave with 75 as if they were preempted.  So that the failure is the highest, low codes are lifted by 200.  The
+# signals of the job come to this shell as well: it waits for what its command makes of them.
+# shellcheck disable=SC2016  # expanded in the task
+TASK='trap : TERM USR2; "$@"; code=$?; [ $code -eq 0 ] || [ $code -ge 55 ] || code=$((code + 200)); exit $code'
+
 # run COMMAND...: one task for each device; sets CODE.
 run() {
   # A signal that reaches this shell must not end it before it has decided about requeueing; SLURM sends one here
@@ -86,8 +92,9 @@ run() {
   trap 'STOPPED=TERM' TERM
   trap : USR2
   srun --kill-on-bad-exit=1 --ntasks="$((SLURM_NNODES * TASKS_PER_NODE))" --ntasks-per-node="$TASKS_PER_NODE" \
-    --gpu-bind=none "${SRUN_IMAGE[@]}" "${IN_IMAGE[@]}" "$@"
+    --gpu-bind=none "${SRUN_IMAGE[@]}" bash -c "$TASK" task "${IN_IMAGE[@]}" "$@"
   CODE=$?
+  [ "$CODE" -lt 200 ] || CODE=$((CODE - 200))
 }
 
 # The end of every script.  75 says: preempted, a checkpoint is saved.  Nothing else is requeued: a failure would fail again.

@@ -191,9 +191,8 @@ class Slurm:
             return known["JobState"] == "PENDING" and int(known["Restarts"]) == times
 
         until(held, f"job {job} requeued {times} times", seconds, lambda: str(self.job(job)))
-        self(
-            "scontrol", "update", f"JobId={job}", "StartTime=now+2"
-        )  # at once, a node still refuses what it has just ended
+        # Not in the same second: a node would refuse what it has just ended.
+        self("scontrol", "update", f"JobId={job}", "StartTime=now+2")
 
     def process_of(self, job: str, rank: int) -> int:
         """The Python process of one rank."""

@@ -119,6 +119,23 @@ def test_a_task_for_each_device(tmp_path: Path) -> None:
     assert {"--ntasks=6", "--ntasks-per-node=3"} <= set(words)
 
 
+@pytest.mark.parametrize("code", [0, 1, 2, 75, 130, 137])
+def test_a_failure_outranks_those_who_left_because_of_it(tmp_path: Path, code: int) -> None:
+    """srun returns the highest code of its tasks; here it has one that fails and one that leaves with 75."""
+    command(tmp_path, "srun", FIRST_AND_SECOND)
+    done = bash(tmp_path, "run sh -c 'exit $WITH'; echo $CODE", FIRST=str(code), SECOND="0" if code == 0 else "75")
+    assert done.stdout.split() == [str(code)]
+
+
+# Leaves out its options, runs the command as two tasks and returns the higher code.
+FIRST_AND_SECOND = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+WITH=$FIRST "$@"; a=$?
+WITH=$SECOND "$@"; b=$?
+exit $((a > b ? a : b))
+"""
+
+
 def test_images(tmp_path: Path) -> None:
     words = srun_of(tmp_path, "run mmssl fit", MMSSL_IMAGE="mmssl.sif", MMSSL_MOUNTS="/data")
     apptainer = ["apptainer", "exec", "--nv", "--bind", f"{tmp_path},/data", "--pwd", str(tmp_path), "mmssl.sif"]
