@@ -108,9 +108,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         folder, sharded, size = save(Path(home) / "run", options.model)
         export = Path(home) / "export"
-        run(
-            f"import mmssl.export; from pathlib import Path; mmssl.export.write_export({str(folder)!r}, Path({str(export)!r}))"
-        )
+        mmssl.export.write_export(folder, export)
         names = {"export": str(export), "model": options.model, "image": str(export / "model.safetensors")}
         times: dict[str, list[float]] = {name: [] for name in LOAD}
         for _ in range(options.rounds + 1):
@@ -122,16 +120,14 @@ def main() -> None:
         peak = int(run(EXPORT.format(source=str(sharded), out=str(Path(home) / "out")))[1])
     speed = {name: 16 / median(times) for name, times in encode.items()}
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    print(f"{cpu and cpu[1]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__},")
     print(
-        f"{cpu and cpu[1]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
+        f"timm {timm.__version__}, mmssl {mmssl.__version__}, Python {platform.python_version()}; {options.rounds} rounds"
     )
-    print(
-        f"torch {torch.__version__}, timm {timm.__version__}, mmssl {mmssl.__version__}; {options.model}, {size / 1e6:.0f} MB"
-    )
+    print(f"{options.model} with text, {size / 1e6:.0f} MB")
     print(f"load    mmssl {load['mmssl']:.2f} s, timm {load['timm']:.2f} s: {load['mmssl'] / load['timm']:.2f} times")
-    print(
-        f"encode  mmssl {speed['mmssl']:.1f}/s, timm {speed['timm']:.1f}/s: {speed['mmssl'] / speed['timm']:.2f} of it"
-    )
+    part = speed["mmssl"] / speed["timm"]
+    print(f"encode  mmssl {speed['mmssl']:.1f} pictures/s, timm {speed['timm']:.1f}: {part:.2f} of it")
     print(f"export  {peak / 1e6:.0f} MB of memory: {peak / size:.2f} times the backbone")
 
 
