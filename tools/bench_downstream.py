@@ -124,7 +124,7 @@ def main() -> None:
     print(
         f"timm {timm.__version__}, mmssl {mmssl.__version__}, Python {platform.python_version()}; {options.rounds} rounds"
     )
-    print(f"{options.model} with text, {size / 1e6:.0f} MB")
+    print(f"{options.model} with text, {size / 1e6:.0f} MB; {options.rounds} rounds")
     print(f"load    mmssl {load['mmssl']:.2f} s, timm {load['timm']:.2f} s: {load['mmssl'] / load['timm']:.2f} times")
     part = speed["mmssl"] / speed["timm"]
     print(f"encode  mmssl {speed['mmssl']:.1f} pictures/s, timm {speed['timm']:.1f}: {part:.2f} of it")
