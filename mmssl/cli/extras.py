@@ -62,6 +62,7 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*callbacks used to create the checkpoint.*",
         ".*isinstance.treespec, LeafSpec.*",
+        ".*sync_dist=True.*",  # what is logged is over all ranks already
         # Inside a job it is worth reading; on a machine that merely has srun it says nothing.
         *((".*`srun` command is available.*",) if "SLURM_JOB_ID" not in os.environ else ()),
     ):
