@@ -316,3 +316,9 @@ def test_arguments_that_an_older_mmssl_did_not_have(run: Path):
     config["trainer"].pop("inference_mode")
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     assert [change.key for change in changes_since(run, text)] == ["checkpoint.every_n_steps"]  # 4; the default is 1000
+
+
+def test_a_config_that_no_run_wrote_is_not_compared_with(run: Path):
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text("data: {batch_size: 999}\n")
+    assert changes_since(run, text) == []

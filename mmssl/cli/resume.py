@@ -134,6 +134,8 @@ def changes_since(folder: Path, text: str) -> list[Change]:
     if not path.is_file():
         return []
     before, now = read_yaml(str(path)), yaml.safe_load(text)
+    if not isinstance(before, dict) or "run" not in before:  # somebody's own file, beside a --ckpt_path
+        return []
     old, new = dict(_flat(before)), dict(_flat(now))
     changes = []
     for key in [*old, *(key for key in new if key not in old)]:

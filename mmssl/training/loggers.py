@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import secrets
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -188,6 +189,8 @@ class Wandb(WandbLogger):
             return None
         segments = self._folder / "wandb" / "segments.json"
         segments.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=segments.parent) as probe:  # on a full disk W&B prints hundreds of lines
+            probe.write(bytes(1 << 20))
         past: list[dict[str, str]] = json.loads(segments.read_text()) if segments.is_file() else []
         run = None
         if mode != "offline":

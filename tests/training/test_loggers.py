@@ -127,6 +127,27 @@ def test_a_server_that_answers_nonsense_costs_seconds(tmp_path: Path, monkeypatc
         server.shutdown()
 
 
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch, capfd):
+    class Full:
+        def __enter__(self) -> "Full":
+            return self
+
+        def __exit__(self, *args: object) -> None:
+            return
+
+        def write(self, data: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: Full())
+    log = Wandb(str(tmp_path / "run"))
+    for step in range(3):
+        log.log_metrics({"a": 1.0}, step=step)
+    log.finalize("success")
+    said = capfd.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "W&B is off for this run ([Errno 28] No space left on device)" in said.err
+
+
 def test_mode_is_respected(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     log = Wandb(str(tmp_path / "run"))
