@@ -20,6 +20,10 @@ class DivergenceError(RuntimeError):
     """The ranks do not train on the same step of the same objective."""
 
 
+def _nobody() -> tuple[bool, bool]:
+    return False, False
+
+
 class Votes:
     """The ranks' votes of one optimizer step after another.
 
@@ -35,7 +39,7 @@ class Votes:
 
     def __init__(self, agree_every_n_steps: int = 10) -> None:
         self.agree_every_n_steps = agree_every_n_steps
-        self.ask: Callable[[], tuple[bool, bool]] = lambda: (False, False)
+        self.ask: Callable[[], tuple[bool, bool]] = _nobody
         self.clock = Clock()
         self._world = 1
         self.told = (False, False)
