@@ -16,11 +16,11 @@ def lines_of(log: Path) -> str:
 
 
 def test_the_time_limit_requeues_scancel_does_not_and_a_chain_goes_on(slurm: Slurm, work: Path) -> None:
-    """The limit is a minute, the least that SLURM knows; it sends the signal some time before."""
     line = ["tiny.yaml", "--trainer.callbacks.init_args.seconds", "2"]
-    one = slurm.submit("pretrain.sbatch", *line, options="--nodelist=n3 --time=1 --signal=USR2@30")
+    one = slurm.submit("pretrain.sbatch", *line, options="--nodelist=n3 --time=2 --signal=USR2@70")
     two = slurm.submit("pretrain.sbatch", *line, log="two", options=f"--nodelist=n3 --dependency=afterany:{one}")
-    slurm.requeued(one, 1, seconds=100)
+    slurm.requeued(one, 1, seconds=180)
+    slurm("scontrol", "update", f"JobId={one}", "TimeLimit=20")  # so that its second start is ended by scancel alone
     assert "SIGUSR2: stopped after step" in lines_of(work / "log")
     saved = step_of(latest_checkpoint(work / "runs/tiny"))
     assert saved > 0
