@@ -121,9 +121,7 @@ def main() -> None:
     speed = {name: 16 / median(times) for name, times in encode.items()}
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     print(f"{cpu and cpu[1]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__},")
-    print(
-        f"timm {timm.__version__}, mmssl {mmssl.__version__}, Python {platform.python_version()}; {options.rounds} rounds"
-    )
+    print(f"timm {timm.__version__}, mmssl {mmssl.__version__}, Python {platform.python_version()}")
     print(f"{options.model} with text, {size / 1e6:.0f} MB; {options.rounds} rounds")
     print(f"load    mmssl {load['mmssl']:.2f} s, timm {load['timm']:.2f} s: {load['mmssl'] / load['timm']:.2f} times")
     part = speed["mmssl"] / speed["timm"]
