@@ -35,6 +35,16 @@ def supervise(trainer: pl.Trainer) -> None:
         trainer.strategy._launcher = Launcher(theirs.cluster_environment, theirs.num_processes, theirs.num_nodes)
 
 
+def own_signals_only(trainer: pl.Trainer) -> None:
+    """Take Lightning's own handling of SIGTERM out of a Trainer that is about to fit.
+
+    Its handler holds a broadcast, which hangs wherever the other ranks are not in theirs, and every batch begins with
+    another one that waits for the device.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
 class Launcher(_SubprocessScriptLauncher):
     """Starts the other ranks of this machine, and ends them all when one fails."""
 

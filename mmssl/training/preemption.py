@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from mmssl.training import signals
 from mmssl.training.checkpoint import Checkpoints, step_of
+from mmssl.training.launcher import own_signals_only
 from mmssl.training.messages import warn
 from mmssl.training.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, NothingBegun, Signals
 from mmssl.training.votes import Votes
@@ -274,16 +275,6 @@ class Preemption(Callback):
         self.signals.phase = "over"
         if self._own:
             self.signals.uninstall()
-
-
-def own_signals_only(trainer: pl.Trainer) -> None:
-    """Take Lightning's own handling of SIGTERM out of a Trainer that is about to fit.
-
-    Its handler holds a broadcast, which hangs wherever the other ranks are not in theirs, and every batch begins with
-    another one that waits for the device.
-    """
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def _validate(trainer: pl.Trainer) -> None:

@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import TESTS
+from forks import together
 from ranks import fit, tiny_config
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from mmssl.cli import main
 from mmssl.training.callbacks.health import Health
 from mmssl.training.callbacks.ranks import Pace, Slowest
 from mmssl.training.guard import StepGuard
+from mmssl.training.strategies import whole
 
 
 def at(moment: str, what: str, **arguments: Any) -> tuple[str, dict[str, Any]]:
@@ -54,6 +58,31 @@ def test_a_skipped_step_changes_nothing(fused: bool, spoil: float) -> None:
     assert steps[3][1] is not None
     assert steps[3][1].keys == ["shard/4"]
     assert guard.read() == []
+
+
+def test_a_skipped_step_changes_nothing_under_fsdp(tmp_path: Path) -> None:
+    def rank_of_two(rank: int) -> None:
+        torch.manual_seed(0)
+        network = nn.Linear(4, 3)
+        fully_shard(network, mesh=init_device_mesh("cpu", (2,)))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
+        guard = StepGuard()
+        for step in range(1, 5):
+            bad = step in (1, 3)
+            (network(torch.randn(2, 4)).square().sum() * (torch.nan if bad and rank else 1.0)).backward()
+            before = copy.deepcopy((network.state_dict(), optimizer.state_dict()["state"]))
+            norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+            guard.check(optimizer, whole(norm), step)
+            optimizer.step()
+            optimizer.zero_grad()
+            for name, value in network.state_dict().items():
+                assert torch.equal(whole(value), whole(before[0][name])) == bad, (step, name)
+            for number, state in optimizer.state_dict()["state"].items() if bad else ():
+                for name, value in state.items():
+                    assert torch.equal(whole(value), whole(before[1].get(number, {}).get(name, 0 * value)))
+        assert [number for number, skipped in guard.read() if skipped] == [1, 3]
+
+    together(2, tmp_path / "meet", rank_of_two)
 
 
 def rows(run: Path) -> list[dict[str, str]]:
