@@ -172,7 +172,8 @@ def test_no_fused_optimizer_under_a_gradient_scaler(tokenizer_path: str, scaler:
 def metrics(run: Path) -> dict[int, dict[str, str]]:
     with (run / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
-    return {int(row["step"]): {k: v for k, v in row.items() if not k.startswith(("speed", "time", "health"))} for row in rows}
+    timed = ("speed", "time", "health")
+    return {int(row["step"]): {k: v for k, v in row.items() if not k.startswith(timed)} for row in rows}
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(
