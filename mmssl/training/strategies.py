@@ -7,6 +7,7 @@ are data-parallel, and gradients are averaged over them.
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import fields
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
@@ -56,6 +57,11 @@ class FSDP(SavesSharded):
         for name, dtype in {"param_dtype": param_dtype, "reduce_dtype": reduce_dtype}.items():
             if dtype not in get_args(Dtype):
                 raise ValueError(f"{name} of mmssl.FSDP is {dtype!r}; choose float32 or bfloat16")
+        if param_dtype == "bfloat16" and not _keeps_vectors():
+            raise ValueError(
+                f"param_dtype of mmssl.FSDP is bfloat16, for which torch {torch.__version__} is too old: it would send "
+                "norms and biases in it as well; leave param_dtype out, or take a newer torch"
+            )
         super().__init__(save_distributed_checkpoint=checkpoint == "sharded", timeout=timeout)
         self.param_dtype, self.reduce_dtype = param_dtype, reduce_dtype
         self.reshard_after_forward = reshard_after_forward
@@ -86,19 +92,18 @@ class FSDP(SavesSharded):
         """
         if isinstance(network, FSDPModule):  # configure_model is called again for every fit, validate, ...
             return
-        gathered = None
+        gathered: dict[str, Any] = {}
         if self.param_dtype == "bfloat16":
             if self.precision_plugin.precision != "bf16-mixed":
                 raise ValueError(
                     f"param_dtype of mmssl.FSDP is bfloat16 under trainer.precision {self.precision_plugin.precision}; "
                     "set trainer.precision: bf16-mixed, or leave param_dtype out"
                 )
-            gathered = torch.bfloat16
+            gathered = {"param_dtype": torch.bfloat16, "param_dtype_override_fn": _own_dtype_of_vectors}
         policy = MixedPrecisionPolicy(
-            param_dtype=gathered,
             reduce_dtype=getattr(torch, self.reduce_dtype),  # torch 2.15 gave None another meaning
             cast_forward_inputs=False,  # autocast decides; the residual stream stays float32
-            param_dtype_override_fn=(lambda p: p.dtype if p.ndim < 2 else None) if gathered else None,
+            **gathered,
         )
         options: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"], "mp_policy": policy}
         if self.world_size > 1:
@@ -168,6 +173,15 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 def whole(value: Tensor) -> Tensor:
     """A sharded value as a plain tensor, the same on all ranks; all ranks call this together."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _keeps_vectors() -> bool:
+    """Whether this torch can leave some parameters in float32; 2.11 cannot."""
+    return any(field.name == "param_dtype_override_fn" for field in fields(MixedPrecisionPolicy))
+
+
+def _own_dtype_of_vectors(parameter: Tensor) -> torch.dtype | None:
+    return parameter.dtype if parameter.ndim < 2 else None
 
 
 def _check_sharded(module: LightningModule) -> None:
