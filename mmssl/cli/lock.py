@@ -3,6 +3,9 @@
 Two jobs that write one folder at once would prune each other's checkpoints and mix their logs.  A lock whose owner is
 dead is taken over, for a job that is requeued after a crash must go on without a person.  Whether the owner is dead is
 asked, in this order, of this machine's processes, of SLURM, and of the lock itself, which a living owner touches.
+
+An owner whose job is ending still saves, so it is waited for.  An owner that finds another's lock in place of its own,
+because SLURM took its node for dead, ends at once and writes nothing more.
 """
 
 import json
@@ -20,7 +23,10 @@ from typing import Any
 from mmssl.cli.keys import UsageError
 
 TOUCH_SECONDS = 10.0
-DEAD_SECONDS = 90.0  # longer than a network file system may show an old time
+DEAD_SECONDS = 90.0  # longer than a network file system may show an old time, and than SLURM's KillWait
+ENDING_SECONDS = 600.0  # how long an owner that says it lives is waited for while its job ends
+_RUNS = {"RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"}
+_ENDS = {"COMPLETING", "STOPPING", "STAGE_OUT"}
 
 
 @contextmanager
@@ -29,7 +35,7 @@ def locked(folder: Path, say: Callable[[str], None] | None = None) -> Iterator[N
 
     Args:
         folder: the run's.
-        say: gets a line when a dead owner's lock is taken over or watched; default: standard output.
+        say: gets a line when an owner is waited for or its lock is taken over; default: standard output.
 
     Raises:
         UsageError: Another process trains there.
@@ -37,7 +43,7 @@ def locked(folder: Path, say: Callable[[str], None] | None = None) -> Iterator[N
     path, mine = folder / "lock", _me()
     _take(path, mine, say or (lambda line: print(line, flush=True)))
     ended = threading.Event()
-    thread = threading.Thread(target=_touch, args=(path, ended), name="lock", daemon=True)
+    thread = threading.Thread(target=_touch, args=(path, mine, ended), name="lock", daemon=True)
     thread.start()
     try:
         yield
@@ -54,6 +60,7 @@ def _me() -> dict[str, Any]:
         "pid": os.getpid(),
         "process": _process(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID"),
+        "cluster": os.environ.get("SLURM_CLUSTER_NAME"),
         "step": os.environ.get("SLURM_STEP_ID"),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "id": secrets.token_hex(8),
@@ -66,7 +73,13 @@ def _take(path: Path, mine: dict[str, Any], say: Callable[[str], None]) -> None:
         if owner is None:  # it went between the two looks
             continue
         alive = _is_alive(owner, mine)
-        if alive is None:
+        if alive and _state(owner, mine) in _ENDS:
+            say(
+                f"mmssl: {path} belongs to {_name(owner)}, whose job is ending; waiting until it is gone, "
+                f"or has given no sign of life for {DEAD_SECONDS:.0f} s"
+            )
+            alive = _lives_on(path, owner, mine)
+        elif alive is None:
             say(
                 f"mmssl: {path} belongs to {_name(owner)}, of which nothing is known here; "
                 f"it counts as dead after {DEAD_SECONDS:.0f} s without a sign of life"
@@ -89,7 +102,8 @@ def _create(path: Path, mine: dict[str, Any]) -> bool:
     try:
         os.link(whole, path)  # atomic, on network file systems too: the lock is never seen half written
     except FileExistsError:
-        return False
+        there = _read(path)  # NFS may answer so to its own repetition of a request that was granted
+        return there is not None and there["id"] == mine["id"]
     except OSError:  # a file system without hard links
         try:
             with open(path, "x") as file:
@@ -123,19 +137,34 @@ def _is_alive(owner: dict[str, Any], mine: dict[str, Any]) -> bool | None:
     """Whether the owner lives; None when nobody here knows."""
     if owner["process"] and mine["process"] and owner["process"][:2] == mine["process"][:2]:
         return owner["process"] == _process(owner["pid"])
-    if owner["job"] is None:
+    if owner["job"] is None or _on_another_cluster(owner, mine):
         return None
     if owner["job"] == mine["job"]:  # an earlier start of this job, unless it is another step of this one
         return False if owner["step"] == mine["step"] else None
+    state = _state(owner, mine)
+    return None if state is None else state in _RUNS | _ENDS
+
+
+def _state(owner: dict[str, Any], mine: dict[str, Any]) -> str | None:
+    """What SLURM says of the owner's job: "" if it does not know the job any more, None if SLURM cannot be asked."""
+    if owner["job"] is None or _on_another_cluster(owner, mine):
+        return None
     try:
         asked = subprocess.run(
-            ["squeue", "-h", "-j", owner["job"], "-o", "%T"], capture_output=True, text=True, timeout=30
+            ["squeue", "-h", "-j", owner["job"], "-o", "%A %T"], capture_output=True, text=True, timeout=30
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if asked.returncode == 0:
-        return asked.stdout.split()[:1] in (["RUNNING"], ["SUSPENDED"], ["STOPPED"])
-    return False if "Invalid job id" in asked.stderr else None  # SLURM has forgotten it, or does not answer
+    if asked.returncode:
+        return "" if "Invalid job id" in asked.stderr else None
+    # Of an array's first task, whose number is the array's, squeue lists all tasks.
+    states = dict(line.split()[:2] for line in asked.stdout.splitlines() if len(line.split()) > 1)
+    return states.get(owner["job"], "")
+
+
+def _on_another_cluster(owner: dict[str, Any], mine: dict[str, Any]) -> bool:
+    """Whether the number of the owner's job means nothing here; outside of a job the default cluster is asked."""
+    return None not in (owner["cluster"], mine["cluster"]) and owner["cluster"] != mine["cluster"]
 
 
 def _process(pid: int) -> list[str] | None:
@@ -158,8 +187,29 @@ def _gives_a_sign(path: Path) -> bool:
     return False
 
 
-def _touch(path: Path, ended: threading.Event) -> None:
+def _lives_on(path: Path, owner: dict[str, Any], mine: dict[str, Any]) -> bool:
+    """Wait for the owner of a job that ends; whether it is still there after all the time that may take."""
+    begin = time.monotonic()
+    seen, touched = begin, _touched(path)
+    while time.monotonic() - begin < ENDING_SECONDS:
+        time.sleep(min(5.0, DEAD_SECONDS / 10))
+        if _read(path) != owner or _is_alive(owner, mine) is False:
+            return False
+        if _touched(path) != touched:
+            seen, touched = time.monotonic(), _touched(path)
+        if time.monotonic() - seen > DEAD_SECONDS:  # killed; its node is still tidying up
+            return False
+    return True
+
+
+def _touch(path: Path, mine: dict[str, Any], ended: threading.Event) -> None:
+    """Say that the owner lives, until it ends; end this process if the lock is another's."""
     while not ended.wait(TOUCH_SECONDS):
+        there = _read(path)
+        if there is not None and there["id"] not in (mine["id"], "damaged") and not ended.is_set():
+            line = f"mmssl: error: {path.parent} belongs to {_name(there)} now; this process ends and saves nothing\n"
+            os.write(2, line.encode())
+            os._exit(1)  # not by an exception: the training, which may wait in a collective, must write nothing more
         try:
             os.utime(path)
         except OSError:
@@ -180,7 +230,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError):
         content = {}
-    return {"host": "?", "pid": 0, "process": None, "job": None, "step": None, "since": "?", "id": "damaged", **content}
+    unknown = {"process": None, "job": None, "cluster": None, "step": None, "since": "?", "id": "damaged"}
+    return {"host": "?", "pid": 0, **unknown, **content}
 
 
 def _name(owner: dict[str, Any]) -> str:

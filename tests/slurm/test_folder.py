@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -124,8 +125,11 @@ def test_slurm_tells_which_jobs_live(tmp_path: Path, monkeypatch) -> None:
     mine = lock._me()
     elsewhere = owner(process=["boot", "ns", "1"], job="12", step="0")
     for script, alive in [
-        ("echo RUNNING", True),
-        ("echo PENDING", False),
+        ("echo 12 RUNNING", True),
+        ("echo 12 PENDING", False),
+        ("echo 12 COMPLETING", True),  # after scancel it still saves
+        ("true", False),
+        ("echo 14 PENDING; echo 13 COMPLETING; echo 12 RUNNING", True),  # an array, whose first task has its number
         ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", False),
         ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", None),
     ]:
@@ -135,6 +139,76 @@ def test_slurm_tells_which_jobs_live(tmp_path: Path, monkeypatch) -> None:
     requeued = {**mine, "job": "12", "step": "0"}
     assert lock._is_alive(elsewhere, requeued) is False  # an earlier start of the same job
     assert lock._is_alive({**elsewhere, "step": "1"}, requeued) is None
+    assert lock._is_alive({**elsewhere, "cluster": "a"}, {**requeued, "cluster": "b"}) is None  # another job 12
+
+
+def test_an_owner_whose_job_ends_is_waited_for(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(lock, "DEAD_SECONDS", 1.0)
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho 12 COMPLETING\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    path, said = tmp_path / "lock", []
+    ending = owner(process=["boot", "ns", "1"], job="12")
+    path.write_text(json.dumps(ending))
+    saved = threading.Timer(0.6, path.unlink)  # its checkpoint is saved, and it leaves
+    saved.start()
+    with lock.locked(tmp_path, said.append):
+        saved.join()
+    assert len(said) == 1
+    assert "SLURM job 12, process" in said[0]
+    assert "whose job is ending; waiting until it is gone" in said[0]
+
+    path.write_text(json.dumps(ending))  # killed, while its node tidies up
+    with lock.locked(tmp_path, said.append):
+        assert "is dead; this process goes on" in said[-1]
+
+    monkeypatch.setattr(lock, "ENDING_SECONDS", 0.3)  # it never ends
+    path.write_text(json.dumps(ending))
+    with pytest.raises(UsageError, match="is being trained by SLURM job 12"):
+        with lock.locked(tmp_path, said.append):
+            pass
+
+
+LOSES_ITS_LOCK = """
+import time
+from pathlib import Path
+from mmssl.cli import lock
+
+lock.TOUCH_SECONDS = 0.05
+with lock.locked(Path("run")):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_an_owner_that_lost_its_lock_ends_at_once(tmp_path: Path) -> None:
+    """As the process of a job that was requeued because its node did not answer."""
+    (tmp_path / "run").mkdir()
+    child = subprocess.Popen(
+        [sys.executable, "-c", LOSES_ITS_LOCK], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "locked\n"
+    other = json.dumps(owner(job="13"))
+    (tmp_path / "other").write_text(other)
+    (tmp_path / "other").rename(tmp_path / "run/lock")
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert said.startswith("mmssl: error: run belongs to SLURM job 13, process")
+    assert (tmp_path / "run/lock").read_text() == other
+
+
+def test_a_link_that_was_made_counts_though_nfs_says_it_is_there(tmp_path: Path, monkeypatch) -> None:
+    link = os.link
+
+    def twice(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", twice)
+    with lock.locked(tmp_path, lambda line: None):
+        pass
 
 
 def test_an_unknown_owner_is_watched(tmp_path: Path, monkeypatch) -> None:
