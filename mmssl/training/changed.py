@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mmssl.training.messages import warn
+from mmssl.training.optim import place_steps
 
 
 class ResumeError(ValueError):
@@ -87,6 +88,7 @@ def follow(optimizer: Optimizer, asked: list[dict[str, Any]], schedule: LRSchedu
     """
     for group, values in zip(optimizer.param_groups, asked, strict=True):
         group.update({name: value for name, value in values.items() if name not in ("lr", "initial_lr")})
+    place_steps(optimizer)
     if schedule is None:
         for group, values in zip(optimizer.param_groups, asked, strict=True):
             group["lr"] = values["lr"] if rate else group["lr"]

@@ -48,7 +48,7 @@ class StepGuard:
         self._norms.append(norm.detach())
         self._keys = []
         bad = self._bad(norm)
-        if optimizer.defaults.get("fused"):
+        if all(group.get("fused") for group in optimizer.param_groups):  # a restored one may differ from its defaults
             # What a GradScaler would set; with one the step is not fused, and it skips by itself.
             optimizer.found_inf, optimizer.grad_scale = bad.to(torch.float32), None
         elif bool(bad):

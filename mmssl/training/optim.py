@@ -23,13 +23,33 @@ def adamw(
     """AdamW (Loshchilov & Hutter 2019); biases, norms and ``no_weight_decay`` names (wildcards) are not decayed.
 
     ``groups`` take the place of these where given, each with its own ``weight_decay`` and, if it likes, ``lr``.
-    The fused kernel is used, unless ``fused`` is False, where every parameter lies on a device that has one.
+    The fused kernel is used, unless ``fused`` is False, where every parameter lies on a device that has one; a
+    checkpoint of the other kind is loaded into this one.
     """
     if groups is None:
         groups = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=no_weight_decay)
     kinds = {parameter.device.type for parameter in module.parameters()}
     fused = fused and kinds <= {"cuda", "cpu"} and len(kinds) == 1
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+
+    def stay(restored: torch.optim.Optimizer) -> None:
+        """A checkpoint brings its own groups along, from a run in another precision perhaps."""
+        for group in restored.param_groups:
+            group["fused"] = fused
+        place_steps(restored)
+
+    optimizer.register_load_state_dict_post_hook(stay)
+    return optimizer
+
+
+def place_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Move the counts of steps to where the optimizer wants them: with the parameters if fused, else to the host."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if "fused" in group else ():
+            state = optimizer.state.get(parameter, {})
+            if isinstance(state.get("step"), torch.Tensor):
+                on_device = group["fused"] or group.get("capturable")
+                state["step"] = state["step"].to(parameter.device if on_device else "cpu")
 
 
 def warmup_cosine(warmup_steps: int, max_steps: int, floor: float) -> Callable[[int], float]:
