@@ -29,6 +29,7 @@ class HangWatch:
         self._pause = min(10.0, seconds / 2)
         self._due = 0.0
         self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
         self._fd = -1
 
     def start(self) -> None:
@@ -38,7 +39,8 @@ class HangWatch:
         except OSError:  # a full disk or another's folder; the stacks are worth more than their place
             self._fd = os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2)
         self.beat(3)
-        threading.Thread(target=self._watch, name="hang-watch", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
+        self._thread.start()
 
     def beat(self, times: float = 1.0) -> None:
         """The run lives; the next beat may take ``times`` as long as usual."""
@@ -48,6 +50,8 @@ class HangWatch:
         if self._stop.is_set():
             return
         self._stop.set()
+        if self._thread is not None:
+            self._thread.join()  # it must not wind up the timer again, with a file that is closed
         faulthandler.cancel_dump_traceback_later()
         if self._fd >= 0:
             os.close(self._fd)
@@ -69,7 +73,7 @@ class HangWatch:
         faulthandler.dump_traceback(file=self._fd, all_threads=True)
         said = f"mmssl: {head}: nothing has moved for {self.seconds / 60:.3g} minutes; its stacks: {where}"
         os.write(2, f"{said}; the run ends here\n".encode())
-        time.sleep(self._pause)
-        if self._due == due and not self._stop.is_set():
+        stopped = self._stop.wait(self._pause)
+        if self._due == due and not stopped:
             os._exit(EXIT_HANG)
         os.write(2, f"mmssl: {head}: it moves again, and the run goes on\n".encode())

@@ -2,9 +2,11 @@
 
 import copy
 import csv
+import faulthandler
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from mmssl.cli import main
 from mmssl.training.callbacks.health import Health
 from mmssl.training.callbacks.ranks import Pace, Slowest
 from mmssl.training.guard import StepGuard
+from mmssl.training.hangs import HangWatch
 from mmssl.training.strategies import whole
 
 
@@ -175,6 +178,31 @@ def test_a_call_that_holds_the_lock_is_reported_too(tmp_path: Path) -> None:
     started = subprocess.run([sys.executable, "-c", code], timeout=60, cwd=TESTS.parent, check=False)
     assert started.returncode == 1
     assert 'File "<string>", line 6' in (tmp_path / "stacks.txt").read_text()
+
+
+def test_what_is_stopped_winds_up_no_timer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread is just about to when the run ends."""
+    about_to, go_on, did = threading.Event(), threading.Event(), list[str]()
+
+    def wind_up(*args: Any, **kwargs: Any) -> None:
+        about_to.set()
+        go_on.wait()
+        did.append("wound up")
+
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", wind_up)
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: did.append("cancelled"))
+    watch = HangWatch(tmp_path / "stacks.txt", 100.0, 0)
+    watch.start()
+    assert about_to.wait(60)
+    ends = threading.Thread(target=watch.stop)
+    ends.start()
+    assert watch._stop.wait(60)
+    ends.join(0.2)  # as far as it gets
+    go_on.set()
+    ends.join()
+    watch._thread.join()
+    assert did == ["wound up", "cancelled"]
+    assert not (tmp_path / "stacks.txt").exists()
 
 
 def test_a_run_that_ends_leaves_no_stacks(toy_folder: Path) -> None:
