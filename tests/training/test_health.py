@@ -9,7 +9,9 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import TESTS
@@ -22,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from mmssl.cli import main
 from mmssl.training.callbacks.health import Health
 from mmssl.training.callbacks.ranks import Pace, Slowest
-from mmssl.training.guard import StepGuard
+from mmssl.training.guard import SkipError, StepGuard
 from mmssl.training.hangs import HangWatch
 from mmssl.training.strategies import whole
 
@@ -137,6 +139,61 @@ def test_too_many_in_a_row_stop_the_run(
     assert ", ".join(lines[-1]["keys"][:8]) in said
 
 
+def on_a_gpu(folder: Path, saved: dict[str, Any] | None = None) -> tuple[Health, Any, Any]:
+    """The callback in a run whose device the host does not wait for between two logged steps."""
+    trainer = Mock(pl.Trainer, world_size=1, global_step=0, log_every_n_steps=50, default_root_dir=folder)
+    trainer.strategy = Mock(root_device=torch.device("cuda"))
+    module = Mock(pl.LightningModule, guard=StepGuard(), votes=None)
+    health = Health(skip_limit=4, hang_minutes=None)
+    health.setup(trainer, module, "fit")
+    if saved is not None:
+        trainer.global_step = saved["step"]
+        health.on_load_checkpoint(trainer, module, saved)
+    health.on_train_start(trainer, module)
+
+    def train(norms: list[float]) -> None:
+        for norm in norms:
+            optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+            module.guard.check(optimizer, torch.tensor(norm), trainer.global_step + 1)
+            trainer.global_step += 1
+            health.on_train_batch_end(trainer, module, None, None, trainer.global_step)
+
+    def save() -> dict[str, Any]:
+        checkpoint: dict[str, Any] = {"step": trainer.global_step}
+        health.on_save_checkpoint(trainer, module, checkpoint)
+        return checkpoint
+
+    return health, train, save
+
+
+def test_a_checkpoint_holds_the_skips_that_no_one_has_looked_at(tmp_path: Path) -> None:
+    """Preempted every other step, a run whose gradients stay bad stops all the same."""
+    saved = None
+    for _ in range(2):
+        health, train, save = on_a_gpu(tmp_path, saved)
+        train([torch.nan, torch.inf])
+        saved = save()
+    assert health.skipped == 4
+    assert len((tmp_path / "skipped_steps.jsonl").read_text().splitlines()) == 4
+    with pytest.raises(SkipError, match=r"4 steps in a row were skipped, up to step 4.*weights are those of step 0"):
+        train([1.0])
+
+    health, train, save = on_a_gpu(tmp_path, saved)  # the same, but the row ends behind the checkpoint
+    train([1.0, torch.nan])
+    assert save()["skipped_in_a_row"] == 1
+
+
+def test_the_end_of_a_run_looks_at_what_came_behind_the_last_logged_step(tmp_path: Path) -> None:
+    health, train, _ = on_a_gpu(tmp_path)
+    trainer, module = Mock(pl.Trainer, world_size=1, default_root_dir=tmp_path), Mock(pl.LightningModule)
+    train([1.0, torch.nan, 1.0])
+    health.on_train_end(trainer, module)
+    assert health.skipped == 1
+    train([torch.nan] * 4)
+    with pytest.raises(SkipError, match="up to step 7"):
+        health.on_train_end(trainer, module)
+
+
 def test_only_who_stays_slower_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     slowest = Slowest()
 
@@ -200,7 +257,6 @@ def test_what_is_stopped_winds_up_no_timer(tmp_path: Path, monkeypatch: pytest.M
     ends.join(0.2)  # as far as it gets
     go_on.set()
     ends.join()
-    watch._thread.join()
     assert did == ["wound up", "cancelled"]
     assert not (tmp_path / "stacks.txt").exists()
 

@@ -1,6 +1,5 @@
 """Says when a run is sick: steps that are skipped, and steps that never end."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,8 @@ class Health(Callback):
             raise ValueError(f"health.hang_minutes is {hang_minutes}; it must be above 0, or null to wait for ever")
         self.skip_grad_norm, self.skip_limit, self.hang_minutes = skip_grad_norm, skip_limit, hang_minutes
         self.skipped = 0  # steps since the run began
-        self._row: list[Skipped] = []  # the last of them that follow each other
+        self._in_a_row = 0  # how many of them were the last steps
+        self._too_many = ""  # what the run is to end with, once it may
         self._guard: StepGuard | None = None
         self._votes: Votes | None = None
         self._watch: HangWatch | None = None
@@ -57,7 +57,7 @@ class Health(Callback):
         self._guard, self._votes = getattr(pl_module, "guard", None), getattr(pl_module, "votes", None)
         if self._guard is not None and self.skip_grad_norm is not None:
             self._guard.limit = self.skip_grad_norm
-        self._row, self._began = [], False
+        self._in_a_row, self._too_many, self._began = 0, "", False
         if self.hang_minutes is not None:
             rank = trainer.global_rank
             path = Path(trainer.default_root_dir) / "stacks" / f"rank-{rank:05d}.txt"
@@ -90,16 +90,20 @@ class Health(Callback):
         self._seen_step = step
         logs = step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if logs or self._guard.is_full or trainer.strategy.root_device.type == "cpu":
-            self._count(trainer, self._guard.read())
+            self._count(trainer)
+        if self._too_many:
+            raise SkipError(self._too_many)
         if logs:
             pl_module.log("train/skipped_steps", float(self.skipped), rank_zero_only=True, batch_size=1)
 
-    def _count(self, trainer: pl.Trainer, steps: Sequence[tuple[int, Skipped | None]]) -> None:
+    def _count(self, trainer: pl.Trainer) -> None:
         """All ranks together, and with the same answer: the norms are the same on all of them."""
-        longest: list[Skipped] = []
-        for _, skipped in steps:
-            self._row = [] if skipped is None else [*self._row, skipped][-self.skip_limit :]
-            longest = max(longest, self._row, key=len)
+        steps = self._guard.read() if self._guard is not None else []
+        longest, last = 0, 0
+        for step, skipped in steps:
+            self._in_a_row = 0 if skipped is None else self._in_a_row + 1
+            if self._in_a_row > longest:
+                longest, last = self._in_a_row, step
         found = [skipped for _, skipped in steps if skipped is not None]
         if not found:
             return
@@ -113,10 +117,10 @@ class Health(Callback):
                 f"step {skipped.step} is skipped: the norm of its gradients is {skipped.grad_norm:.3g}; "
                 f"{self.skipped} skipped so far, their samples are in {file}"
             )
-        if len(longest) >= self.skip_limit:
-            raise SkipError(
-                f"{len(longest)} steps in a row were skipped, up to step {longest[-1].step}, because their gradients "
-                f"were not finite or too large; the weights are those of step {longest[0].step - 1}; lower model.lr, "
+        if longest >= self.skip_limit:
+            self._too_many = (
+                f"{longest} steps in a row were skipped, up to step {last}, because their gradients "
+                f"were not finite or too large; the weights are those of step {last - longest}; lower model.lr, "
                 f"or look at their samples, all in {file}; of the last: {', '.join(keys[-1][:8])}"
             )
 
@@ -132,17 +136,24 @@ class Health(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._beat(3)
+        self._count(trainer)  # what came behind the last logged step
+        if self._too_many:
+            raise SkipError(self._too_many)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["skipped_steps"] = self.skipped
+        # Else a run that is preempted would forget what it has not looked at yet.  It goes on first of all: an error
+        # here would leave no checkpoint.
+        self._count(trainer)
+        checkpoint["skipped_steps"], checkpoint["skipped_in_a_row"] = self.skipped, self._in_a_row
         self._beat(3)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self.skipped = int(checkpoint.get("skipped_steps", 0))
+        self._in_a_row = int(checkpoint.get("skipped_in_a_row", 0))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._stop()
