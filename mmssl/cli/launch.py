@@ -34,6 +34,7 @@ from mmssl.cli.folder import (
 from mmssl.cli.keys import Checker, UsageError, one_line, read_yaml
 from mmssl.cli.lock import locked
 from mmssl.cli.resume import changes_since, with_own_options
+from mmssl.cli.same_start import agree_first, is_alone, say_finished
 from mmssl.training import signals
 from mmssl.training.callbacks.health import Health
 from mmssl.training.callbacks.predictions import Predictions
@@ -193,12 +194,11 @@ class Launch(LightningCLI):
             say = None if first else lambda line: None
             aside = fit and first and not config.dry_run
             self.checkpoint = str(latest_checkpoint(self.folder, say, aside, thorough=first))
-        if self.checkpoint is not None and not Path(self.checkpoint).exists():
+        if config.ckpt_path and not Path(self.checkpoint or "").exists():
             raise UsageError(f"there is no checkpoint {self.checkpoint}")
-        finished = config.resume and 0 < config.trainer.max_steps <= step_of(Path(self.checkpoint or ""))
-        if finished and (is_rank_zero() or damage_of(Path(self.checkpoint or "")) is None):  # or rank 0 takes another
-            if is_rank_zero():
-                print(f"mmssl: {self.folder} is at step {config.trainer.max_steps} already; it is finished", flush=True)
+        self._finished = config.resume and 0 < config.trainer.max_steps <= step_of(Path(self.checkpoint or ""))
+        if self._finished and is_alone():
+            say_finished(self.folder, config.trainer.max_steps)
             raise SystemExit(0)
         fresh = fit and not (config.resume or config.resume_or_start)
         if fresh and is_rank_zero():  # the other ranks start a little later and would see rank 0's
@@ -244,7 +244,9 @@ class Launch(LightningCLI):
             signals.current.uninstall()  # there is nothing to save
             scratch = Path(self._at_end.enter_context(tempfile.TemporaryDirectory()))
             config = as_dry_run({**config, "callbacks": own}, callbacks, self._changes, self.folder, scratch)
-            return self.trainer_class(**config)
+            trainer = self.trainer_class(**config)
+            agree_first(trainer, self.folder, self.checkpoint, self._finished)
+            return trainer
         config["default_root_dir"] = str(self.folder)
         config["logger"] = loggers(self.subcommand or "", self.folder, config["logger"])
         fit = self.subcommand == "fit"
@@ -270,6 +272,8 @@ class Launch(LightningCLI):
         config["callbacks"] = [*first, *own, *last]
         trainer = self.trainer_class(**config)
         supervise(trainer)
+        if fit:
+            agree_first(trainer, self.folder, self.checkpoint, self._finished)
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
