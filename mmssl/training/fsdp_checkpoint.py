@@ -23,6 +23,7 @@ class SavesSharded(ModelParallelStrategy):
     """
 
     _group: Any = None
+    settle: Callable[[], None] = staticmethod(lambda: None)  # waits for what a Saver writes in the background
 
     @property
     def saves_sharded(self) -> bool:
@@ -50,11 +51,12 @@ class SavesSharded(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Save at once, on all ranks together.
+        """Save at once, on all ranks together: for ``trainer.save_checkpoint``, as other people's callbacks call it.
 
         Raises:
-            CheckpointError: on every rank, if it failed on any.
+            CheckpointError: on every rank, if it, or an earlier one in the background, failed on any.
         """
+        self.settle()  # two writes at once would get each other's messages
         if self.saves_sharded and self.root_device.type != "cpu":
             checkpoint = HostCopy()(checkpoint)
         write = self.writing(checkpoint, Path(self.broadcast(filepath)))

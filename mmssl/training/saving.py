@@ -110,6 +110,7 @@ class Saver:
         content = self.trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         write: Callable[[], None] = _nothing
         if isinstance(strategy, SavesSharded):
+            strategy.settle = self.finish
             # A thread must not touch a GPU: it would use the first one, on a stream of its own.
             if strategy.saves_sharded and (background or strategy.root_device.type != "cpu"):
                 content = self._copy(content)

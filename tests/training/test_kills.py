@@ -8,25 +8,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
-import torch
 from forks import ends, fork, start
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from stand_in import StandIn
 
-import mmssl
 from mmssl.pretrained.whole import latest_checkpoint, read_checkpoint, step_of
-from mmssl.training.checkpoint import AtomicCheckpointIO
 from mmssl.training.in_place import remove
 from mmssl.training.saving import Saver
 
 KILLS = 30
-WORDS = 4_000_000  # 16 MB: long enough to write for kills to come meanwhile
 
 
 @pytest.fixture
@@ -41,31 +33,6 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Any:
     left = os.listdir(folder)
     shutil.rmtree(folder)
     assert left == []
-
-
-class StandIn(pl.Trainer):
-    """What a Saver needs of a Trainer; its state is one tensor, full of the step."""
-
-    strategy: Any = None
-    is_global_zero: Any = True
-
-    def __init__(self, rank: int = 0, world: int = 1) -> None:
-        environment = LightningEnvironment()
-        environment.set_global_rank(rank)
-        cpu = torch.device("cpu")
-        if world > 1:
-            self.strategy = mmssl.FSDP()
-            self.strategy.cluster_environment, self.strategy.parallel_devices = environment, [cpu] * world
-        else:
-            self.strategy = SimpleNamespace(is_global_zero=True, root_device=cpu, checkpoint_io=AtomicCheckpointIO())
-        self.is_global_zero = rank == 0
-        weight = torch.zeros(WORDS)
-        self.weight = distribute_tensor(weight, init_device_mesh("cpu", (world,)), [Shard(0)]) if world > 1 else weight
-        self.step = 0
-        self._checkpoint_connector = self
-
-    def dump_checkpoint(self, weights_only: bool) -> dict[str, Any]:
-        return {"state_dict": {"w": self.weight}, "global_step": self.step}
 
 
 def saves(folder: Path, first: int, background: bool, name: str, rank: int = 0, world: int = 1) -> None:
