@@ -43,7 +43,7 @@ class SavesSharded(ModelParallelStrategy):
         """What this rank has to run, in any thread, to write ``content``; all ranks call this together."""
         if self.saves_sharded:
             if self._group is None:  # of its own: a thread's messages must not come between the training's
-                self._group = dist.new_group(backend="gloo")
+                self._group = dist.new_group(backend="gloo", timeout=self._timeout)
             return partial(write_sharded, content, path, self._group)
         whole = gathered(content, keep=self.is_global_zero)
         return partial(self.checkpoint_io.save_checkpoint, whole, path) if self.is_global_zero else _nothing
