@@ -191,7 +191,7 @@ class Wandb(WandbLogger):
         segments.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=segments.parent) as probe:  # on a full disk W&B prints hundreds of lines
             probe.write(bytes(1 << 20))
-        past: list[dict[str, str]] = json.loads(segments.read_text()) if segments.is_file() else []
+        past = _segments(segments)
         run = None
         if mode != "offline":
             try:
@@ -199,11 +199,10 @@ class Wandb(WandbLogger):
             except (wandb.Error, OSError, TimeoutError, ValueError) as error:
                 mode, why = "offline", f"cannot connect: {first_line(error)}"
         if run is None:
-            mode = "offline"
             name = self._folder.name if not past else f"{self._folder.name}-{len(past) + 1}"
             run = self._init("offline", secrets.token_hex(4), name)
             print(f"mmssl: W&B is offline ({why}); upload with: mmssl sync {self._folder}", flush=True)
-        segments.write_text(json.dumps([*past, {"id": run.id, "mode": mode}]))
+        _put(segments, json.dumps([*past, {"id": run.id, "mode": mode}]))
         run.define_metric("trainer/global_step")
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
         return run
@@ -228,9 +227,13 @@ class Wandb(WandbLogger):
     def _run_id(self) -> str:
         """The run's W&B id, made once and kept in its folder."""
         path = self._folder / "wandb" / "id"
-        if not path.is_file():
-            path.write_text(secrets.token_hex(4))
-        return path.read_text().strip()
+        if path.is_file():
+            kept = path.read_text(errors="replace").strip()
+            if kept and "\ufffd" not in kept and kept.isprintable():
+                return kept
+            warn(f"{path} cannot be read; W&B begins another run")
+        _put(path, made := secrets.token_hex(4))
+        return made
 
     def mode(self) -> tuple[str, str]:
         """(online, offline or disabled; why not online).  Asks the server whether it is there, and starts nothing."""
@@ -270,6 +273,24 @@ class Wandb(WandbLogger):
             self._dead, self._experiment = True, None
             warn(f"W&B is off for this run ({first_line(error)}); metrics.csv has the numbers")
             return None
+
+
+def _segments(path: Path) -> list[dict[str, str]]:
+    """The starts before this one; none where a machine that died left the file damaged."""
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else []
+    except ValueError:
+        found = None
+    if not isinstance(found, list):
+        warn(f"{path} cannot be read; W&B counts this run's starts from 1 again")
+    return found if isinstance(found, list) else []
+
+
+def _put(path: Path, text: str) -> None:
+    """Write a small file whole or not at all: a start can be killed at any moment."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def _as_int(text: str | None) -> int:

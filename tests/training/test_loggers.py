@@ -193,6 +193,48 @@ def test_the_id_belongs_to_the_folder(tmp_path: Path):
     assert first._run_id() == second._run_id()
 
 
+@pytest.mark.parametrize("content", [b"", b"\0\0\0\0", b"[{", b"{}", b"\xff"])
+def test_what_a_killed_start_left_half_written_counts_as_absent(tmp_path: Path, monkeypatch, capsys, content: bytes):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = tmp_path / "run"
+    (folder / "wandb").mkdir(parents=True)
+    (folder / "wandb" / "segments.json").write_bytes(content)
+    log = Wandb(str(folder))
+    log.log_metrics({"a": 1.0}, step=0)
+    log.finalize("success")
+    said = capsys.readouterr().err
+    assert "is off" not in said
+    assert said.count("segments.json cannot be read") == 1
+    assert [segment["mode"] for segment in segments(folder)] == ["offline"]
+    if content not in (b"[{", b"{}"):
+        (folder / "wandb" / "id").write_bytes(content)
+        found = log._run_id()
+        assert len(found) == 8
+        assert Wandb(str(folder))._run_id() == found
+        assert capsys.readouterr().err.count("id cannot be read") == 1
+
+
+def test_a_start_that_is_killed_in_mid_write_leaves_what_was_there(tmp_path: Path, monkeypatch):
+    """What stands in segments.json and id is whole at any moment: nothing is written to them in place."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    written = []
+    write = Path.write_text
+
+    def spied(path: Path, *args: object, **kwargs: object) -> int:
+        written.append(path.name)
+        return write(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", spied)
+    log = Wandb(str(tmp_path))
+    log.log_metrics({"a": 1.0}, step=0)
+    log.finalize("success")
+    assert len(log._run_id()) == 8
+    assert len(segments(tmp_path)) == 1
+    assert len(written) >= 2
+    assert not {"segments.json", "id"} & set(written)
+    assert sorted(path.name for path in (tmp_path / "wandb").glob("*.tmp")) == []
+
+
 @pytest.mark.usefixtures("no_account")
 def test_a_key_is_found_where_wandb_keeps_it(tmp_path: Path, monkeypatch):
     server = "https://api.wandb.ai"
