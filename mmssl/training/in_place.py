@@ -2,8 +2,12 @@
 
 import ctypes
 import os
+import pickle
 import shutil
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from mmssl.pretrained.whole import REPLACED, first_line
 
@@ -51,6 +55,32 @@ def remove(path: Path) -> None:
             path.unlink()
     except OSError:
         return  # it is gone, or cannot go; neither is worth stopping a run
+
+
+def write_plain(content: dict[str, Any], path: Path) -> None:
+    """Write tensors and plain Python values, synced, and look whether they can be read again.
+
+    Raises:
+        pickle.PickleError: there is another value in it.
+        OSError, RuntimeError: it could not be written.
+    """
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except (AttributeError, TypeError) as error:  # of a closure, of a lock
+            raise pickle.PicklingError(first_line(error)) from error
+        file.flush()
+        os.fsync(file.fileno())
+    # Memory-mapped, so this reads the pickle alone: a value that weights_only refuses shows now, not on resume.
+    torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def why_not_plain(error: pickle.PickleError, path: Path) -> str:
+    """What a person is told of a value that :func:`write_plain` refuses, in one line."""
+    return (
+        f"cannot save {path}: a value in it is neither a tensor nor plain Python ({first_line(error)}); "
+        "look for a Path or an object among the hyperparameters and the states of modules and callbacks"
+    )
 
 
 def why_not_written(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.tensor import DTensor
 
 from mmssl.pretrained.sharded import PLACES, TABLE, TableReader, load_into, put, read_table, split_meta
-from mmssl.pretrained.whole import CheckpointError, read_checkpoint
+from mmssl.pretrained.whole import CheckpointError, first_line, read_checkpoint
 from mmssl.training.sharded import split
 from mmssl.training.together import fail_together, same_checkpoint
 
@@ -41,11 +41,15 @@ def load_sharded(path: Path, model: nn.Module, optimizers: list[torch.optim.Opti
         CheckpointError: on every rank, if it is damaged, a rank does not see it, or it does not fit.
     """
     path = same_checkpoint(path)
-    message, content, cause = None, {}, None
+    message: str | None = None
+    content: dict[str, Any] = {}
+    cause: Exception | None = None
     try:
         content = _filled(path, model, optimizers)
     except CheckpointError as error:
         message, cause = str(error), error
+    except Exception as error:  # noqa: BLE001  # whatever it is, the others wait to be told; all raise it below
+        message, cause = f"cannot load {path}: {type(error).__name__}: {first_line(error)}", error
     fail_together(message, cause=cause)
     return content
 

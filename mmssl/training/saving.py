@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from mmssl.pretrained.whole import CheckpointError, first_line, read_checkpoint
 from mmssl.training.fsdp_checkpoint import SavesSharded
 from mmssl.training.host_copy import HostCopy
-from mmssl.training.in_place import put_in_place, remove, why_not_written
+from mmssl.training.in_place import put_in_place, remove, why_not_plain, why_not_written, write_plain
 from mmssl.training.together import fail_together, same_checkpoint
 
 
@@ -43,18 +42,10 @@ class AtomicCheckpointIO(CheckpointIO):
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            # Memory-mapped, so this reads the pickle alone: a value that weights_only refuses shows now, not on resume.
-            torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
+            write_plain(checkpoint, temporary)
             put_in_place(temporary, path)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"cannot save {path}: a value in it is neither a tensor nor plain Python ({first_line(error)}); "
-                "look for a Path or an object among the hyperparameters and the states of modules and callbacks"
-            ) from error
+        except pickle.PickleError as error:
+            raise CheckpointError(why_not_plain(error, path)) from error
         except (OSError, RuntimeError) as error:  # a full disk is an OSError or torch's RuntimeError
             raise CheckpointError(
                 f"cannot save {path}: {why_not_written(error)}; earlier checkpoints are untouched, "
@@ -113,15 +104,25 @@ class Saver:
             strategy.settle = self.finish
             # A thread must not touch a GPU: it would use the first one, on a stream of its own.
             if strategy.saves_sharded and (background or strategy.root_device.type != "cpu"):
-                content = self._copy(content)
+                content = self._copied(content, path)
             write = strategy.writing(content, path)
-        elif strategy.is_global_zero:
+        else:
             if background:
-                content = self._copy(content)
-            write = partial(strategy.checkpoint_io.save_checkpoint, content, path)
+                content = self._copied(content if strategy.is_global_zero else {}, path)
+            if strategy.is_global_zero:
+                write = partial(strategy.checkpoint_io.save_checkpoint, content, path)
         self._running = self._thread.submit(_in_turn, write, after if strategy.is_global_zero and after else _nothing)
         if not background:
             self.finish()
+
+    def _copied(self, content: dict[str, Any], path: Path) -> dict[str, Any]:
+        message, cause = None, None
+        try:
+            content = self._copy(content)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the others would train on and wait for this rank
+            message, cause = f"cannot save {path}: {type(error).__name__}: {first_line(error)}", error
+        fail_together(message, cause=cause)
+        return content
 
     def finish(self) -> None:
         """Wait until nothing is being written; every rank calls this at the same step.

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -28,13 +27,12 @@ from torch.distributed.tensor import DTensor
 
 from mmssl.pretrained.sharded import CHECKSUMS, META, PLACES, TABLE, checksum, read_table
 from mmssl.pretrained.whole import CheckpointError, first_line
-from mmssl.training.in_place import put_in_place, sync_folder, why_not_written
+from mmssl.training.in_place import put_in_place, sync_folder, why_not_plain, why_not_written, write_plain
 from mmssl.training.together import hear_all, raise_first
 
 # What is distributed even where a rank holds it whole: the rest is rank 0's, in META.
 DISTRIBUTED = ("state_dict", "current_model_state", "optimizer_states")
 SECONDS_TO_APPEAR = 15  # until a file that another node wrote is seen through a network file system's cache
-FAILURES = (OSError, RuntimeError, ValueError, pickle.PickleError, dcp.api.CheckpointException)
 T = TypeVar("T")
 
 
@@ -52,7 +50,9 @@ def write_sharded(content: dict[str, Any], path: Path, group: Any = None) -> Non
     rank = dist.get_rank(group) if dist.is_initialized() else 0
     temporary = _begun(path, group)
     try:
-        meta, tensors = split(content)
+        parts: list[Any] = []
+        _all_or_none(path, group, lambda: parts.extend(split(content)))
+        meta, tensors = parts
         _all_or_none(path, group, lambda: _write_part(tensors, temporary, group))
         listed = _all_or_none(path, group, lambda: _finish_part(meta, temporary, rank))
         _all_or_none(path, group, lambda: _commit(listed, temporary, path) if rank == 0 else None)
@@ -103,7 +103,8 @@ def _all_or_none(path: Path, group: Any, work: Callable[[], T]) -> list[T]:
     result, message, cause = None, None, None
     try:
         result = work()
-    except FAILURES as error:
+    # Whatever it is: the others wait to be told, and all raise it below.  torch's own is no Exception.
+    except (Exception, dcp.api.CheckpointException) as error:  # noqa: BLE001
         message, cause = _why(error, path), error
     heard = hear_all((message, result), group)
     raise_first([said for said, _ in heard], cause)
@@ -118,10 +119,9 @@ def _why(error: BaseException, path: Path) -> str:
     if isinstance(error, CheckpointError):
         return first_line(error)
     if isinstance(error, pickle.PickleError):
-        return (
-            f"cannot save {path}: a value in it is neither a tensor nor plain Python ({first_line(error)}); "
-            "look for a Path or an object among the hyperparameters and the states of modules and callbacks"
-        )
+        return why_not_plain(error, path)
+    if not isinstance(error, OSError | RuntimeError | ValueError):  # not the disk's doing
+        return f"cannot save {path}: {type(error).__name__}: {first_line(error)}"
     return (
         f"cannot save {path}: {why_not_written(error)}; earlier checkpoints are untouched, "
         "free some space or make the folder writable, then go on with --resume"
@@ -143,12 +143,7 @@ def _finish_part(meta: dict[str, Any], temporary: Path, rank: int) -> dict[str, 
     """Checksums of the files that this rank wrote, read back from the disk's cache."""
     own = list(temporary.glob(f"__{rank}_*.distcp"))
     if rank == 0:
-        with open(temporary / META, "wb") as file:
-            torch.save(meta, file)
-            file.flush()
-            os.fsync(file.fileno())
-        # A value that weights_only refuses shows now, not on resume.
-        torch.load(temporary / META, map_location="cpu", weights_only=True)
+        write_plain(meta, temporary / META)
         read_table(temporary)
         own += [temporary / META, temporary / TABLE]
     return {path.name: checksum(path) for path in own}
