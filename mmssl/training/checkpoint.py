@@ -18,6 +18,7 @@ from mmssl.pretrained.whole import REPLACED, CheckpointError, damage_of, latest_
 from mmssl.training.in_place import remove
 from mmssl.training.saving import AtomicCheckpointIO, saver_of
 from mmssl.training.together import hear_all
+from mmssl.training.votes import Votes
 
 __all__ = ["AtomicCheckpointIO", "CheckpointError", "Checkpoints", "damage_of", "latest_checkpoint", "step_of"]
 
@@ -125,10 +126,13 @@ class Checkpoints(Checkpoint):
 
         Raises:
             CheckpointError: on every rank, if this or an earlier checkpoint could not be written on any.
+            DivergenceError: on every rank, if they have trained apart: their weights make no checkpoint.
         """
         step = trainer.global_step
         path = Path(self.folder or ".") / f"step={step:08d}.ckpt"
         if step != self._saved_step:
+            if isinstance(votes := getattr(trainer.lightning_module, "votes", None), Votes):
+                votes.settle()
             self._saved_step, self._saved_at = step, time.monotonic()
             self._unfinished = self.asynchronous and not wait
             saver_of(trainer).save(path, background=self._unfinished, after=partial(self._prune, step))

@@ -60,8 +60,8 @@ class Preemption(Callback):
 
     Args:
         checkpoints: Who saves.
-        agree_every_n_steps: With several ranks on GPUs, how many optimizer steps pass between two agreements (one
-            waits for the device); on CPUs the ranks agree at every step.
+        agree_every_n_steps: With several ranks on GPUs, how many optimizer steps pass at most between two agreements
+            (one waits for the device), or fewer, if those take more than two seconds; on CPUs one.
 
     Raises (from ``Trainer.fit``):
         Preempted: After the checkpoint is on disk.
@@ -76,6 +76,7 @@ class Preemption(Callback):
         self.signals = Signals()
         self._own = False
         self._votes: Votes | None = None
+        self._apart = Votes()  # for a module that is not mmssl's, in whose steps nothing can ride
         self._seen_step = 0
         self._validated_step = -1
         self._owed = False  # the checkpoint that was loaded was saved before a validation
@@ -105,9 +106,9 @@ class Preemption(Callback):
         self._seen_step = trainer.global_step
         self._leave_if_told(trainer)
         self.signals.phase = "running"  # every rank has voted to begin: from here on they leave after a step only
-        if self._votes is not None:
-            self._votes.agree_every_n_steps = self.agree_every_n_steps
-            self._votes.begin(self._ask)
+        votes = self._votes or self._apart
+        votes.agree_every_n_steps = self.agree_every_n_steps
+        votes.begin(self._ask)
         if self._owed and trainer.enable_validation:
             rank_zero_only(print)(
                 f"mmssl: the validation of step {trainer.global_step}, before which the run was stopped, comes first",
@@ -137,7 +138,7 @@ class Preemption(Callback):
         if step == self._seen_step:  # a micro-batch inside an accumulated step
             return
         self._seen_step = step
-        preempt, interrupt = self._told(trainer, step)
+        preempt, interrupt = self._told(trainer)
         if self._leaving is not None or step == trainer.max_steps or not (preempt or interrupt):
             return
         self.checkpoints.note_rng()  # Lightning puts it behind every other callback: it has seen the batch before only
@@ -149,16 +150,13 @@ class Preemption(Callback):
         if self._leaving is not None:
             raise self._leaving
 
-    def _told(self, trainer: pl.Trainer, step: int) -> tuple[bool, bool]:
+    def _told(self, trainer: pl.Trainer) -> tuple[bool, bool]:
         """Whether any rank was told to stop, by a cluster, by a person; the same answer on all ranks."""
         if trainer.world_size == 1:
             return self._ask()
         if self._votes is not None:
             return self._votes.read()
-        if step % self.agree_every_n_steps:  # a module that is not mmssl's, in whose steps nothing can ride
-            return False, False
-        preempt, interrupt = (trainer.strategy.reduce_boolean_decision(vote, all=False) for vote in self._ask())
-        return preempt, interrupt
+        return self._apart.meet(trainer.world_size, trainer.strategy.root_device)
 
     def _saved(self, trainer: pl.Trainer, preempt: bool) -> Preempted:
         """Save, and say what all ranks then stop with."""
