@@ -23,6 +23,7 @@ from typing import NamedTuple
 import docstring_parser
 from jsonargparse import ActionYesNo
 
+from mmssl.cli.cluster import note_saved
 from mmssl.cli.keys import OneLineParser, UsageError, nearest
 from mmssl.training import signals
 
@@ -177,6 +178,8 @@ def _exit_code(stop: SystemExit) -> int:
     line = getattr(stop, "line", "")  # a Preempted, whose class lives behind an import of torch, or a NothingBegun
     if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns a second Ctrl-C into exit code 1
         line, stop.code = getattr(stop.__context__, "line", "interrupted, nothing saved"), signals.EXIT_INTERRUPTED
+    if stop.code == signals.EXIT_PREEMPTED and getattr(stop, "checkpoint", None):
+        note_saved(stop.checkpoint)  # type: ignore[attr-defined]
     if line:
         print(f"mmssl: {line}", file=sys.stderr, flush=True)
     return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

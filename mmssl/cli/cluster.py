@@ -6,17 +6,27 @@ about a cluster is in the batch scripts (``slurm/``) and in Lightning's own ``SL
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from mmssl.cli.keys import UsageError
 
+_INTERACTIVE_STEP = "4294967290"  # salloc's own shell
+SAVED = "MMSSL_SAVED"  # names the file by which the batch script knows that this start left behind a checkpoint
+
 
 def in_step(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether ``srun`` started this process.
+    """Whether ``srun`` started this process as one of a run's tasks.
 
-    A process in a batch script without ``srun`` sees most of SLURM's variables too, but is alone.
+    A process in a batch script without ``srun`` sees most of SLURM's variables too, but is alone.  So is one in an
+    interactive shell that ``srun --pty`` or ``salloc`` opened: it may use all devices that it sees.
     """
-    return "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ
+    if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:
+        return False
+    shell = environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    one = environ.get("SLURM_STEP_NUM_TASKS", "1") == "1"
+    return not (environ["SLURM_STEP_ID"] == _INTERACTIVE_STEP or (one and (shell or "SLURM_PTY_PORT" in environ)))
 
 
 def geometry(environ: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
@@ -61,3 +71,13 @@ def fit_to_job(trainer: Any, asked: set[str], environ: Mapping[str, str] = os.en
 def array_task(environ: Mapping[str, str] = os.environ) -> str | None:
     """The number of this task in its job array, or None."""
     return environ.get("SLURM_ARRAY_TASK_ID") or None
+
+
+def note_saved(checkpoint: Path, environ: Mapping[str, str] = os.environ) -> None:
+    """Tell the batch script that the ranks agreed to leave and that ``checkpoint`` is on disk.
+
+    Any rank may: one that tidies up for too long is killed, with an exit code that looks like a failure.
+    """
+    if environ.get(SAVED):
+        with suppress(OSError):  # the exit code is there as well
+            Path(environ[SAVED]).write_text(f"{checkpoint}\n")

@@ -10,8 +10,14 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from lightning.pytorch.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 
+from mmssl.cli.cluster import in_step
 from mmssl.training.checkpoint import AtomicCheckpointIO
 from mmssl.training.loggers import MetricsFile, Wandb
 
@@ -49,8 +55,12 @@ def plugins(asked: Any) -> list[Any]:
     found = list(asked) if isinstance(asked, list | tuple) else [asked] if asked is not None else []
     if not any(isinstance(p, CheckpointIO) for p in found):
         found.append(AtomicCheckpointIO())
-    if SLURMEnvironment.detect() and not any(isinstance(p, ClusterEnvironment) for p in found):
+    if any(isinstance(p, ClusterEnvironment) for p in found):
+        return found
+    if in_step():
         found.append(SLURMEnvironment(auto_requeue=False))  # Lightning's own saves inside the signal handler
+    elif SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        found.append(LightningEnvironment())  # in a job, but alone: Lightning takes any process there for one of srun's
     return found
 
 

@@ -127,6 +127,8 @@ def _pairs(written: list[str]) -> dict[str, Any]:
     pairs: dict[str, Any] = {}
     for pair in written:
         name, equals, value = pair.partition("=")
+        if name.lstrip("-") in ("array", "a"):  # submitit keeps a job's files by its number, which an array has not
+            raise UsageError(f"--slurm {pair}: use sbatch --{pair.lstrip('-')} slurm/pretrain.sbatch CONFIG")
         pairs[name.lstrip("-")] = value if equals else True
     return pairs
 

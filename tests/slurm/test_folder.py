@@ -8,10 +8,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from mmssl.cli import lock, main
 from mmssl.cli.cluster import fit_to_job, geometry
 from mmssl.cli.environment import report, variables
+from mmssl.cli.extras import plugins
 from mmssl.cli.folder import default_run
 from mmssl.cli.keys import UsageError
 from mmssl.cli.submit import minutes
@@ -30,6 +32,29 @@ def test_nodes_and_devices_come_from_slurm() -> None:
         fit_to_job({"num_nodes": 2, "devices": 8}, {"trainer.devices"}, STEP)
     with pytest.raises(UsageError, match="7 tasks on 2 nodes"):
         geometry({**STEP, "SLURM_STEP_NUM_TASKS": "7"})
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        {"SLURM_STEP_ID": "4294967290"},  # salloc's
+        {"SLURM_JOB_NAME": "bash"},  # srun --pty bash
+        {"SLURM_JOB_NAME": "interactive"},
+        {"SLURM_JOB_NAME": "zsh", "SLURM_PTY_PORT": "40000"},
+    ],
+)
+def test_an_interactive_shell_is_no_task(monkeypatch, shell: dict[str, str]) -> None:
+    environ = {**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1", "SLURM_NTASKS": "1", **shell}
+    trainer = {"num_nodes": 1, "devices": "auto"}
+    fit_to_job(trainer, set(), environ)
+    assert trainer == {"num_nodes": 1, "devices": "auto"}
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert not any(isinstance(plugin, SLURMEnvironment) for plugin in plugins(None))
+    assert geometry({**STEP, "SLURM_JOB_NAME": "bash"}) == (2, 4)  # a batch job may have that name
+    for name, value in {**STEP, "SLURM_JOB_NAME": "mmssl"}.items():
+        monkeypatch.setenv(name, value)
+    assert any(isinstance(plugin, SLURMEnvironment) for plugin in plugins(None))
 
 
 def test_an_array_task_has_its_own_folder(monkeypatch) -> None:
@@ -54,6 +79,8 @@ def test_submit_s_dry_run_and_without_submitit(toy_folder: Path, monkeypatch, ca
         assert f"#SBATCH --{line}\n" in script
     assert "slurm/pretrain.sbatch toy.yaml --data.batch_size 8\n" in script
     assert not (toy_folder / "runs").exists()
+    assert main(["submit", "toy.yaml", "--slurm", "array=0-1", "--dry_run"]) == 2
+    assert "--slurm array=0-1: use sbatch --array=0-1 slurm/pretrain.sbatch CONFIG" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert main(["submit", "toy.yaml"]) == 2
     assert "needs submitit: pip install 'mmssl[slurm]'" in capsys.readouterr().err
