@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ from mmssl.pretrained.whole import CheckpointError, first_line
 
 TABLE, META, CHECKSUMS = ".metadata", "meta.pt", "checksums.json"
 PLACES = "tensor_places"  # in META: of every tensor's name in TABLE, the keys that lead to it in the checkpoint
-_PLAIN = {"collections": {"OrderedDict"}, "pathlib": {"Path", "PosixPath", "PurePosixPath", "PurePath"}}
+_PLAIN = {"collections": {"OrderedDict"}}
+# Python 3.13 pickles them under another module's name; read as one that every version has, on every system.
+_PATHS = {"Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath"}
 _TORCH = {
     "torch": {"Size", "device"},
     "torch.serialization": {"_get_layout"},
@@ -50,6 +52,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in {**_PLAIN, **_TORCH}.get(module, ()):
             return super().find_class(module, name)
+        if module in ("pathlib", "pathlib._local") and name in _PATHS:
+            return PurePosixPath
         if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
             return value
         raise pickle.UnpicklingError(f"{module}.{name} has no place in it")

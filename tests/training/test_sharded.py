@@ -5,7 +5,9 @@ import os
 import pickle
 import resource
 import shutil
-from pathlib import Path
+import sys
+from pathlib import Path, PurePosixPath
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from mmssl.cli import main
-from mmssl.pretrained.sharded import CHECKSUMS, META, TABLE, checksum
+from mmssl.pretrained.sharded import CHECKSUMS, META, TABLE, checksum, read_table
 from mmssl.pretrained.whole import CheckpointError, damage_of, latest_checkpoint, read_checkpoint, step_of
 from mmssl.training import in_place, sharded
 from mmssl.training.checkpoint import AtomicCheckpointIO
@@ -204,6 +206,20 @@ def test_a_table_that_runs_code_is_refused(saved: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match="cannot be read safely"):
         read_checkpoint(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_table_that_python_3_13_wrote(saved: Path, tmp_path: Path, monkeypatch):
+    """It pickles a Path as ``pathlib._local.PosixPath``, a name that older versions do not have."""
+    folder = copied(saved, tmp_path)
+    table = read_table(folder)
+    local = ModuleType("pathlib._local")
+    local.PosixPath = type("PosixPath", (PurePosixPath,), {"__module__": "pathlib._local"})
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pathlib._local", local)
+        table.storage_meta.checkpoint_id = local.PosixPath("/a/b")
+        (folder / TABLE).write_bytes(pickle.dumps(table))
+    assert b"pathlib._local" in (folder / TABLE).read_bytes()
+    assert read_table(folder).storage_meta.checkpoint_id == PurePosixPath("/a/b")
 
 
 def test_a_checkpoint_that_does_not_fit_is_one_line_on_all_ranks(saved: Path, tmp_path: Path):
