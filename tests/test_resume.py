@@ -17,6 +17,7 @@ from runs import SMALL
 import mmssl
 from mmssl.backbone import make_backbone
 from mmssl.cli import main
+from mmssl.cli.keys import UsageError
 from mmssl.cli.resume import DATA, MODEL, REST, changes_since
 from mmssl.data.datamodule import DataModule
 from mmssl.training.module import PretrainModule
@@ -322,3 +323,47 @@ def test_a_config_that_no_run_wrote_is_not_compared_with(run: Path):
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text("data: {batch_size: 999}\n")
     assert changes_since(run, text) == []
+
+
+def test_tables_and_callbacks_that_an_older_mmssl_did_not_know(run: Path):
+    """What the older config lacks is no change where it has its default."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["trainer"]["callbacks"] = [
+        {"class_path": "mmssl.training.callbacks.pictures.Pictures", "init_args": {"samples": 4}}
+    ]
+    older = {key: value for key, value in config.items() if key != "health"}
+    (run / "config.yaml").write_text(yaml.safe_dump(older))
+    config["trainer"]["callbacks"][0]["init_args"]["every_n_steps"] = 1000
+    assert changes_since(run, yaml.safe_dump(config)) == []
+    config["trainer"]["callbacks"][0]["init_args"]["every_n_steps"] = 500
+    config["health"]["skip_limit"] = 3
+    assert {change.key: change.new for change in changes_since(run, yaml.safe_dump(config))} == {
+        "trainer.callbacks[Pictures].init_args.every_n_steps": 500,
+        "health.skip_limit": 3,
+    }
+
+
+def test_what_this_mmssl_does_not_have_any_more_cannot_be_set_back(run: Path):
+    text = (run / "config.yaml").read_text()
+    config = yaml.safe_load(text)
+    config["model"]["init_args"]["decoder_width"] = 3
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UsageError) as refused:
+        changes_since(run, text)
+    said = str(refused.value)
+    assert "decoder_width was 3 when this run last trained, and this version of MAE has no decoder_width" in said
+    assert "set it back" not in said
+    assert "begin a new run with --model.init_args.init_from" in said
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "same"),
+    [("1e-3", 0.001, True), (0.0015, "15e-4", True), ("1e-3", 0.002, False), (["9e-1", 0.95], [0.9, 0.95], True)],
+)
+def test_a_number_that_yaml_takes_for_text_is_that_number(run: Path, was: Any, now: Any, same: bool):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    key = "betas" if isinstance(was, list) else "lr"
+    config["model"]["init_args"][key] = was
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    config["model"]["init_args"][key] = now
+    assert (changes_since(run, yaml.safe_dump(config)) == []) == same

@@ -16,10 +16,11 @@ import lightning.pytorch as pl
 import yaml
 
 from mmssl.backbone import Backbone
-from mmssl.cli.keys import UsageError, read_yaml
+from mmssl.cli.keys import UsageError, keys_of_class, read_yaml
 from mmssl.data.datamodule import DataModule
 from mmssl.data.order import choose_lanes
 from mmssl.data.tokenizer import TextTokenizer
+from mmssl.training.callbacks.health import Health
 from mmssl.training.changed import Change, shown
 from mmssl.training.checkpoint import Checkpoints
 from mmssl.training.module import PretrainModule
@@ -140,15 +141,19 @@ def changes_since(folder: Path, text: str) -> list[Change]:
     changes = []
     for key in [*old, *(key for key in new if key not in old)]:
         was, is_now = old.get(key), new.get(key)
-        if was == is_now or (key not in old and _is_default(key, is_now, now)) or _of_a_new_class(key, old, new):
+        if _equal(was, is_now) or (key not in old and _is_default(key, is_now, new)) or _of_a_new_class(key, old, new):
             continue
         rule = _rule(key, now)
         if rule.verdict == "nothing" or _same_meaning(key, was, is_now, now, folder):
             continue
         if rule.verdict == "refused":
+            cls, argument = _owner(key, new)
+            gone = key not in new and cls is not None and argument.partition(".")[0] not in keys_of_class(cls).tree
+            found = f"and this version of {cls.__name__} has no {argument}" if cls and gone else f"now {shown(is_now)}"
+            back = "go on with the version that it trained with" if gone else f"set it back to {shown(was)} to go on"
             raise UsageError(
-                f"{_name(key)} was {shown(was)} when this run last trained, now {shown(is_now)}: {rule.why}; "
-                f"set it back to {shown(was)} to go on, or begin a new run{_remedy(key, folder)}"
+                f"{_name(key)} was {shown(was)} when this run last trained, {found}: {rule.why}; "
+                f"{back}, or begin a new run{_remedy(key, folder)}"
             )
         changes.append(Change(_name(key), was, is_now, rule.why))
     return changes
@@ -237,19 +242,36 @@ def _name(key: str) -> str:
     return key.removesuffix(".class_path") if "[" in key else key
 
 
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two values are the same; YAML takes 1e-3, without a point, for text."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, str) != isinstance(other, str) and isinstance(one, str | int | float):
+        try:
+            return float(one) == float(other)
+        except (TypeError, ValueError):
+            return False
+    return bool(one == other)
+
+
+def _owner(key: str, config: dict[str, Any]) -> tuple[type | None, str]:
+    """The class that takes the argument ``key`` of a flat config, and the argument's name there."""
+    place, of_a_class, name = key.rpartition(".init_args.")
+    if of_a_class:
+        path = config.get(f"{place}.class_path")
+        return None if path is None else _class(path), name
+    section, _, name = key.partition(".")
+    return {"trainer": pl.Trainer, "data": DataModule, "checkpoint": Checkpoints, "health": Health}.get(section), name
+
+
 def _is_default(key: str, value: Any, config: dict[str, Any]) -> bool:
     """Whether a key that the older config lacks has its default: another mmssl wrote that config."""
-    section, _, name = key.partition(".init_args.")
-    if section in ("model", "data") and name:
-        cls = _class(config[section]["class_path"])
-    else:
-        section, _, name = key.partition(".")
-        cls = {"trainer": pl.Trainer, "data": DataModule, "checkpoint": Checkpoints}.get(section, object)
-    for base in cls.__mro__:
+    cls, name = _owner(key, config)
+    for base in inspect.getmro(cls or object):
         parameter = inspect.signature(base.__init__).parameters.get(name) if "__init__" in vars(base) else None
         if parameter is not None:
             default = parameter.default
-            return (list(default) if isinstance(default, tuple) else default) == value
+            return _equal(list(default) if isinstance(default, tuple) else default, value)
     return value is None
 
 
