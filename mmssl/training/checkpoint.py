@@ -72,16 +72,17 @@ class Checkpoints(Checkpoint):
         self._restore_rng = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self.folder is None:
-            self.folder = Path(trainer.default_root_dir) / "checkpoints"
         if stage == "fit" and trainer.is_global_zero:
-            folder = Path(self.folder)
+            folder = self._path(trainer).parent
             for leftover in [*folder.glob(".*.tmp"), *folder.glob(f".*{REPLACED}")]:  # of a run that was killed
                 remove(leftover)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen_step = trainer.global_step
-        self._saved_step = trainer.global_step if trainer.global_step else -1
+        # Saved is what was loaded from here, by rank 0's word; what came from elsewhere is yet to be saved here.
+        loaded, own = trainer.ckpt_path, self._path(trainer)
+        here = loaded is not None and Path(loaded).resolve() == own.resolve()
+        self._saved_step = trainer.global_step if hear_all(here)[0] else -1
         self._saved_at, self._unfinished = time.monotonic(), False
 
     def on_train_batch_start(
@@ -129,16 +130,22 @@ class Checkpoints(Checkpoint):
             DivergenceError: on every rank, if they have trained apart: their weights make no checkpoint.
         """
         step = trainer.global_step
-        path = Path(self.folder or ".") / f"step={step:08d}.ckpt"
+        path = self._path(trainer)
         if step != self._saved_step:
             if isinstance(votes := getattr(trainer.lightning_module, "votes", None), Votes):
                 votes.settle()
             self._saved_step, self._saved_at = step, time.monotonic()
             self._unfinished = self.asynchronous and not wait
-            saver_of(trainer).save(path, background=self._unfinished, after=partial(self._prune, step))
+            saver_of(trainer).save(path, background=self._unfinished, after=partial(self._prune, path))
         elif wait:
             saver_of(trainer).finish()
         return path
+
+    def _path(self, trainer: pl.Trainer) -> Path:
+        """Of a checkpoint of the present step; never in the folder that one happens to stand in."""
+        if self.folder is None:
+            self.folder = Path(trainer.default_root_dir) / "checkpoints"
+        return Path(self.folder) / f"step={trainer.global_step:08d}.ckpt"
 
     def _by_step(self, step: int) -> bool:
         return any(every is not None and step % every == 0 for every in (self.every_n_steps, self.keep_every_n_steps))
@@ -160,9 +167,9 @@ class Checkpoints(Checkpoint):
             saver_of(trainer).finish()
         return due
 
-    def _prune(self, step: int) -> None:
-        found = sorted(Path(self.folder or ".").glob("step=*.ckpt"), key=step_of)
-        for path in [path for path in found if step_of(path) <= step][: -self.keep]:
+    def _prune(self, newest: Path) -> None:
+        found = sorted(newest.parent.glob("step=*.ckpt"), key=step_of)
+        for path in [path for path in found if step_of(path) <= step_of(newest)][: -self.keep]:
             if self.keep_every_n_steps is None or step_of(path) % self.keep_every_n_steps:
                 remove(path)
 

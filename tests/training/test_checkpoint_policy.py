@@ -180,6 +180,43 @@ def test_preemption_waits_for_the_disk(tmp_path: Path, monkeypatch):
     assert found == [[4]]
 
 
+class First(Callback):
+    """Saves before the first step, as a signal during the validation that a resumed run still owes does."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self.saved: list[tuple[Path, str | None, int]] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if not self.saved:
+            path = self.checkpoints.save(trainer)
+            self.saved.append((path, damage_of(path), path.stat().st_mtime_ns if path.exists() else 0))
+
+
+def test_a_run_that_begins_with_another_s_checkpoint_saves_its_own(tmp_path: Path):
+    fit(tmp_path / "one", Checkpoints())
+    other = tmp_path / "one" / "checkpoints" / "step=00000010.ckpt"
+    for run, path in (("one", other), ("two", tmp_path / "two" / "checkpoints" / "step=00000010.ckpt")):
+        before, checkpoints = other.stat().st_mtime_ns, Checkpoints()
+        first = First(checkpoints)
+        fit(tmp_path / run, first, checkpoints, resume=other, max_steps=12)
+        ((saved, damage, written),) = first.saved
+        assert (saved, damage) == (path, None)
+        assert (written == before) == (run == "one")  # there it is on the disk already
+
+
+def test_checkpoints_that_no_trainer_knows_save_into_the_trainer_s_folder(tmp_path: Path, monkeypatch):
+    """As when a callback alone holds it: not into the folder that one stands in, of which some would be removed."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for step in (1, 2, 3):
+        Path(f"step={step:08d}.ckpt").touch()
+    first = First(Checkpoints(keep=1))
+    fit(tmp_path / "run", first)
+    assert first.saved[0][0] == tmp_path / "run" / "checkpoints" / "step=00000000.ckpt"
+    assert sorted(os.listdir()) == [f"step={step:08d}.ckpt" for step in (1, 2, 3)]
+
+
 def test_what_a_kill_left_is_cleaned_at_the_start(tmp_path: Path):
     folder = tmp_path / "checkpoints"
     (folder / ".step=00000005.ckpt.node1.77.tmp").mkdir(parents=True)
