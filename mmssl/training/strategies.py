@@ -38,6 +38,9 @@ class FSDP(SavesSharded):
         reduce_dtype: in which gradients are added up over the ranks.
         reshard_after_forward: free a block's parameters between its forward and its backward.  False takes more memory
             and sends a third less.
+        sync_every_micro_batch: with accumulation, add up the gradients over the ranks behind every micro-batch, of
+            which a rank then keeps its part.  False sends them once a step, a third less in all, but every rank holds
+            the whole model's gradients meanwhile.
         timeout: of a collective.
 
     Raises:
@@ -50,6 +53,7 @@ class FSDP(SavesSharded):
         param_dtype: Dtype = "float32",
         reduce_dtype: Dtype = "float32",
         reshard_after_forward: bool = True,
+        sync_every_micro_batch: bool = True,
         timeout: timedelta = default_pg_timeout,
     ) -> None:
         if checkpoint not in ("sharded", "full"):
@@ -65,6 +69,7 @@ class FSDP(SavesSharded):
         super().__init__(save_distributed_checkpoint=checkpoint == "sharded", timeout=timeout)
         self.param_dtype, self.reduce_dtype = param_dtype, reduce_dtype
         self.reshard_after_forward = reshard_after_forward
+        self.sync_every_micro_batch = sync_every_micro_batch
 
     def setup_environment(self) -> None:
         # Lightning's own sizes, with "auto", make a mesh of nodes x devices: on one node that shards nothing, and the
@@ -115,8 +120,8 @@ class FSDP(SavesSharded):
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Within, gradients stay with their rank: of the micro-batches of a step only the last one adds them up."""
-        self._synchronise(False)
+        """Around all micro-batches of a step but the last: within, gradients stay with their rank, if so chosen."""
+        self._synchronise(self.sync_every_micro_batch)
         try:
             yield
         finally:

@@ -111,6 +111,8 @@ def test_two_ranks_train_what_one_process_trains(base: dict[str, Any], tmp_path:
     probe = {**cases["classes"], "arguments": {"mode": "linear_probe", "head_norm": True}}
     every = {f"{name} {s}": {**base, **c, "strategy": s} for name, c in cases.items() for s in ("ddp", "fsdp")}
     every |= {f"probe {s}": {**base, **probe, "strategy": s} for s in ("ddp", "fsdp")}
+    late = {"strategy_options": {"sync_every_micro_batch": False}}
+    every |= {f"{name} late": every[f"{name} fsdp"] | late for name in ("parts", "mixture in parts")}
     two = on_two_ranks(tmp_path, every)
     # The averages of a BatchNorm are rank 0's, under DDP too; one process has others.
     assert any("running_mean" in key for key in two["probe ddp"]["weights"])
@@ -136,10 +138,13 @@ def test_two_ranks_train_what_one_process_trains(base: dict[str, Any], tmp_path:
             # Each rank holds about half of the weights and of the optimizer's state.
             assert found["mesh"] == [2, 1]
             assert 0.5 <= found["bytes"] / one["bytes"] < 0.53, (name, found["bytes"], one["bytes"])
-            # Of an accumulated step's micro-batches the last one alone sends gradients, once for every sharded part.
+            # Every micro-batch sends gradients, once for every sharded part; or of a step's the last one alone.
             blocks = {"MLM": 2, "parts": 2, "retrieval": 2, "classes": 2}.get(name, 3)
             assert found["groups"] == blocks + 1
-            assert name.startswith("mixture") or found["reductions"] == 3 * (blocks + 1)
+            assert name.startswith("mixture") or found["reductions"] == 3 * (blocks + 1) * parts
+            if f"{name} late" in two:
+                same(one, two[f"{name} late"], f"{name} late")
+                assert name != "parts" or two["parts late"]["reductions"] == 3 * (blocks + 1)
         if name == "parts":
             assert len(one["tokens"]) == 3
             assert all(step["train/grad_norm"] > 2 * CLIP for step in one["steps"])
