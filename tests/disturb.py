@@ -11,6 +11,8 @@ import lightning.pytorch as pl
 import torch
 from lightning import Callback
 
+from mmssl.training.callbacks.health import Health
+
 
 class Disturb(Callback):
     """Does ``what`` on rank ``rank`` at the hook ``at``, once, where the run has ``step`` steps behind it.
@@ -82,6 +84,17 @@ class Slow(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.global_rank == self.rank:
             time.sleep(self.seconds)
+
+
+class Impatient(Callback):
+    """From the end of the first step on, a run is taken for hung after ``seconds``; its start may take longer."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        [health] = [callback for callback in trainer.callbacks if isinstance(callback, Health)]
+        health._watch.seconds = self.seconds
 
 
 class Halved(Callback):
