@@ -1,12 +1,14 @@
 """``mmssl sync`` brings the segments that were logged offline to W&B, in order, once."""
 
+import json
+import os
 import socket
 from pathlib import Path
 
 import pytest
+import wandb
 from wandb_server import WandbServer
 
-import wandb
 from mmssl.cli import main
 from mmssl.training.loggers import Wandb
 
@@ -123,3 +125,28 @@ def test_what_w_and_b_could_not_take_online_is_sent_again(
     assert main(["sync", str(tmp_path / "run"), "--online"]) == 0
     assert list(server.runs) == [name]
     assert [row["trainer/global_step"] for row in run.history] == [1, 2, 3]
+
+
+def test_a_lock_of_which_nobody_knows_is_neither_taken_nor_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """From a login node the owner cannot be asked; what its lock says last is enough to leave the newest for later."""
+    from mmssl.cli import lock
+
+    (tmp_path / "wandb" / "offline-run-20260101_000000-a").mkdir(parents=True)
+    (tmp_path / "wandb" / "offline-run-20260101_000000-a" / "run-a.wandb").write_bytes(b"")
+    path = tmp_path / "lock"
+    path.write_text(json.dumps({**lock._me(), "host": "node7", "process": None, "job": None, "id": "another"}))
+    content = path.read_text()
+
+    def no_waiting(seconds: float) -> None:
+        raise AssertionError("it waits")
+
+    monkeypatch.setattr("time.sleep", no_waiting)
+    assert main(["sync", str(tmp_path), "--dry_run"]) == 0
+    assert "is left for later" in capfd.readouterr().out
+    assert path.read_text() == content
+    os.utime(path, (0, 0))  # no sign of life for long
+    assert main(["sync", str(tmp_path), "--dry_run"]) == 0
+    assert "would upload" in capfd.readouterr().out
+    assert path.read_text() == content

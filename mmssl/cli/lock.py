@@ -54,6 +54,17 @@ def locked(folder: Path, say: Callable[[str], None] | None = None) -> Iterator[N
             path.unlink(missing_ok=True)
 
 
+def is_held(folder: Path) -> bool:
+    """Whether somebody seems to train there, without waiting and without touching the lock; in doubt they do."""
+    path = folder / "lock"
+    owner = _read(path)
+    if owner is None:
+        return False
+    alive = _is_alive(owner, _me())
+    # Nobody here knows: what the lock says last, with room for clocks that differ.
+    return time.time() - _touched(path) / 1e9 < 10 * DEAD_SECONDS if alive is None else alive
+
+
 def _me() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmssl.cli.keys import UsageError
-from mmssl.cli.lock import locked
+from mmssl.cli.lock import is_held
 from mmssl.training.reach import why_not_online
 
 
@@ -52,7 +52,7 @@ def _segments(folder: Path, online: bool) -> Iterator[Path]:
     found = sorted((folder / "wandb").glob("offline-run-*"), key=_begun)
     if online:
         found = sorted([*found, *(folder / "wandb").glob("run-*")], key=_begun)
-    if found and _is_trained(folder):
+    if found and is_held(folder):
         print(f"mmssl: {found.pop()} is left for later: {folder} is being trained")
     for segment in found:
         logs = list(segment.glob("*.wandb"))
@@ -62,16 +62,6 @@ def _segments(folder: Path, online: bool) -> Iterator[Path]:
 
 def _begun(segment: Path) -> str:
     return segment.name.removeprefix("offline-")
-
-
-def _is_trained(folder: Path) -> bool:
-    if not (folder / "lock").exists():
-        return False
-    try:
-        with locked(folder, say=lambda line: None):
-            return False
-    except UsageError:
-        return True
 
 
 def _upload(segment: Path) -> str | None:
