@@ -119,7 +119,7 @@ trap : USR2
 # for too long is killed by srun, and a run that was stopped before its first step ends with 75 as well.
 NOTES=$PWD/runs/.slurm
 export MMSSL_SAVED=$NOTES/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.saved
-FRUITLESS=$NOTES/$SLURM_JOB_ID.fruitless  # how many starts in a row ended before their first step
+FRUITLESS=$NOTES/$SLURM_JOB_ID.fruitless  # how many starts in a row made no step, and the newest checkpoint
 
 # run COMMAND...: one task for each device; sets CODE.
 run() {
@@ -133,21 +133,21 @@ run() {
   [ "$CODE" -lt 200 ] || [ "$CODE" -eq 255 ] || CODE=$((CODE - 200))
 }
 
-# requeue_or_exit resume|anew: the end of every script.  75 says: preempted; a checkpoint is saved, or nothing was begun.  Nothing
-# else is requeued: a failure would fail again.  "anew": what runs has no steps and no checkpoints.
+# requeue_or_exit resume|anew: the end of every script.  75 says: preempted; a checkpoint is saved, or nothing was begun.
+# Nothing else is requeued: a failure would fail again.  "anew": what runs has no steps and no checkpoints.
 requeue_or_exit() {
-  local saved="" then="starts again"
+  local saved="" said="nothing was begun" then="starts again"
   if [ -s "$MMSSL_SAVED" ]; then
-    saved="its checkpoint is saved" then="goes on from its checkpoint" CODE=75
+    read -r saved <"$MMSSL_SAVED"
+    said="its checkpoint is saved" then="goes on from its checkpoint" CODE=75
     rm -f "$MMSSL_SAVED"
   fi
   [ "$CODE" -eq 75 ] || finish "$CODE"
   if [ -n "$STOPPED" ] && ! out_of_time; then
-    say "SLURM ended job $SLURM_JOB_ID: it was cancelled, or SLURM itself requeues it; ${saved:-nothing was begun}"
+    say "SLURM ended job $SLURM_JOB_ID: it was cancelled, or SLURM itself requeues it; $said"
     exit 75
   fi
-  [ -n "$saved" ] || [ "$1" = anew ] || note_fruitless
-  [ -z "$saved" ] || rm -f "$FRUITLESS"
+  [ "$1" = anew ] || count_fruitless "$saved"
   if ! type scontrol >/dev/null 2>&1; then
     say "there is no scontrol on $(hostname) to requeue with; submit the same line again, and it goes on"
   elif scontrol requeue "$SLURM_JOB_ID"; then
@@ -159,23 +159,24 @@ requeue_or_exit() {
   exit 75
 }
 
-# Counts this start as one without a step; ends the job when there were too many in a row.
-note_fruitless() {
-  local count=0
-  [ ! -f "$FRUITLESS" ] || read -r count <"$FRUITLESS"
-  count=$((count + 1))
+# count_fruitless CHECKPOINT: ends the job if too many starts in a row made no step: they saved nothing, or, stopped in a
+# validation, what was there already.
+count_fruitless() {
+  local count=0 before=""
+  [ ! -f "$FRUITLESS" ] || read -r count before <"$FRUITLESS"
+  if [ -n "$1" ] && [ "$1" != "$before" ]; then count=0 before=$1; else count=$((count + 1)); fi
   if [ "$count" -ge "${MMSSL_FRUITLESS_STARTS:-5}" ]; then
-    say "error: job $SLURM_JOB_ID was stopped before its first step $count times in a row; it is not requeued." \
+    say "error: job $SLURM_JOB_ID was stopped $count times in a row without a step; it is not requeued." \
       "Give it a longer --time, or a shorter lead in --signal" >&2
     finish 2
   fi
-  { mkdir -p "$NOTES" && echo "$count" >"$FRUITLESS"; } 2>/dev/null || true
+  { mkdir -p "$NOTES" && echo "$count $before" >"$FRUITLESS"; } 2>/dev/null || true
 }
 
 # Leaves no notes behind, and ends.
 finish() {
   rm -f "$MMSSL_SAVED" "$FRUITLESS"
-  rmdir "$NOTES" "${NOTES%/*}" 2>/dev/null || true
+  rmdir "$NOTES" 2>/dev/null || true
   exit "$1"
 }
 

@@ -80,4 +80,5 @@ def note_saved(checkpoint: Path, environ: Mapping[str, str] = os.environ) -> Non
     """
     if environ.get(SAVED):
         with suppress(OSError):  # the exit code is there as well
+            Path(environ[SAVED]).parent.mkdir(parents=True, exist_ok=True)  # another job may have tidied up
             Path(environ[SAVED]).write_text(f"{checkpoint}\n")

@@ -205,7 +205,7 @@ def test_a_saved_checkpoint_is_requeued_whatever_the_code(tmp_path: Path) -> Non
     done = bash(tmp_path, 'mkdir -p "$NOTES"; echo x > "$MMSSL_SAVED"; run mmssl; requeue_or_exit resume', SAVES="no")
     assert done.returncode == 137
     assert not (tmp_path / "calls").exists()
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs/.slurm").exists()
 
 
 def test_the_last_rank_notes_what_it_saved(tmp_path: Path, monkeypatch) -> None:
@@ -219,19 +219,21 @@ def test_the_last_rank_notes_what_it_saved(tmp_path: Path, monkeypatch) -> None:
     assert not (tmp_path / "saved").exists()
 
 
-def test_starts_without_a_step_come_to_an_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("saves", ["", "step=00000003.ckpt"])  # before the first step; in an endless validation
+def test_starts_without_a_step_come_to_an_end(tmp_path: Path, saves: str) -> None:
     command(tmp_path, "scontrol", SCONTROL.format(code=0))
-    command(tmp_path, "srun", '#!/bin/sh\n[ -z "$SAVES" ] || echo x.ckpt > "$MMSSL_SAVED"\nexit 75\n')
-    codes = [bash(tmp_path, "run mmssl; requeue_or_exit resume", SAVES="").returncode for _ in range(3)]
-    assert (
-        bash(tmp_path, "run mmssl; requeue_or_exit resume", SAVES="yes").returncode == 75
-    )  # counted anew behind a step
-    codes += [bash(tmp_path, "run mmssl; requeue_or_exit resume", SAVES="").returncode for _ in range(4)]
-    assert codes == [75] * 7
-    done = bash(tmp_path, "run mmssl; requeue_or_exit resume", SAVES="")
+    command(tmp_path, "srun", '#!/bin/sh\n[ -z "$SAVES" ] || echo "$SAVES" > "$MMSSL_SAVED"\nexit 75\n')
+
+    def start(saves: str) -> subprocess.CompletedProcess[str]:
+        return bash(tmp_path, "run mmssl; requeue_or_exit resume", SAVES=saves)
+
+    # Counted anew behind a step.
+    codes = [start(saved).returncode for saved in ("", "", "", "", "step=00000003.ckpt", *[saves] * 4)]
+    assert codes == [75] * 9
+    done = start(saves)
     assert done.returncode == 2
-    assert "was stopped before its first step 5 times in a row" in done.stderr
-    assert not (tmp_path / "runs").exists()
+    assert "job 7 was stopped 5 times in a row without a step" in done.stderr
+    assert not (tmp_path / "runs/.slurm").exists()
 
 
 @pytest.mark.parametrize(("code", "ends"), [(0, 0), (75, 75), (143, 75), (1, 2), (2, 2)])
