@@ -22,7 +22,7 @@ SHAPE = "backbone"  # of a checkpoint: what builds its backbone, so that the sou
 
 def without_source(checkpoint: str) -> dict[str, Any]:
     """Arguments, by name, with which a fine-tuned checkpoint needs no other source; of other checkpoints none."""
-    shape = read_checkpoint(checkpoint, tensors=False).get(SHAPE)
+    shape = read_checkpoint(checkpoint, tensors=False, thorough=False).get(SHAPE)  # all of it is checked on loading
     if shape is None:
         return {}
     name = shape.pop("name")

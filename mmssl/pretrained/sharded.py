@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from mmssl.pretrained.whole import CheckpointError, first_line
+from mmssl.pretrained.whole import CheckpointError, damage_of, first_line
 
 TABLE, META, CHECKSUMS = ".metadata", "meta.pt", "checksums.json"
 PLACES = "tensor_places"  # in META: of every tensor's name in TABLE, the keys that lead to it in the checkpoint
@@ -139,6 +139,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     if not (folder / META).is_file():
         return {}
+    if damage := damage_of(folder / META):
+        raise CheckpointError(f"cannot load {folder}: {META}: {damage}")
     try:
         content = torch.load(folder / META, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:

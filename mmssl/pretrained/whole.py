@@ -37,7 +37,8 @@ def damage_of(path: Path, thorough: bool = True) -> str | None:
 
     Args:
         path: a file, or a sharded checkpoint's folder.
-        thorough: read all of it, once, and compare checksums; otherwise look at what is there and how long it is.
+        thorough: read all of it, once, and compare checksums; otherwise look at what is there and how long it is, and
+            of a file read what stands beside the tensors.
     """
     try:
         stat = path.stat()
@@ -57,12 +58,14 @@ def _damage_of(path: Path, _mtime: int, size: int, thorough: bool) -> str | None
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip() if thorough else None
-            names = archive.namelist()
+            pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            for name in pickles:
+                archive.read(name)  # compares its checksum
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
         return f"the file is damaged or cut short ({first_line(error)})"
     if bad is not None:
         return f"the file is damaged (wrong checksum of {bad})"
-    return None if any(name.endswith("data.pkl") for name in names) else "the file is not a checkpoint"
+    return None if pickles else "the file is not a checkpoint"
 
 
 def step_of(path: Path) -> int:
@@ -70,10 +73,8 @@ def step_of(path: Path) -> int:
     match = _STEP.search(path.name)
     if match:
         return int(match.group(1))
-    if damage_of(path):
-        return -1
     try:
-        content = read_checkpoint(path, tensors=False)
+        content = read_checkpoint(path, tensors=False, thorough=False)  # who takes it checks the rest of it
     except CheckpointError:
         return -1
     step = content.get("global_step", -1)

@@ -4,12 +4,14 @@ import os
 import random
 import signal
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from mmssl.finetune.base import without_source
 from mmssl.pretrained import whole
 from mmssl.training.checkpoint import (
     AtomicCheckpointIO,
@@ -110,6 +112,34 @@ def test_newest_is_by_step_also_under_other_names(tmp_path: Path):
     AtomicCheckpointIO().save_checkpoint(content(1000), tmp_path / "last.ckpt")
     AtomicCheckpointIO().save_checkpoint(content(50), tmp_path / "epoch=0-step=50.ckpt")
     assert latest_checkpoint(tmp_path).name == "last.ckpt"
+
+
+def test_only_the_one_that_is_taken_is_read_to_its_end(tmp_path: Path, monkeypatch):
+    """Its tensors, that is: of best.ckpt the step alone is wanted, and other ranks leave all of that to rank 0."""
+    newest, best = save(tmp_path, 20), tmp_path / "best.ckpt"
+    AtomicCheckpointIO().save_checkpoint(content(10), best)
+    read: list[str | None] = []
+    real = zipfile.ZipFile.testzip
+
+    def testzip(archive: zipfile.ZipFile) -> str | None:
+        read.append(archive.filename)
+        return real(archive)
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", testzip)
+    assert latest_checkpoint(tmp_path, thorough=False) == newest
+    assert whole.step_of(best) == 10
+    assert without_source(str(best)) == {}
+    assert read == []
+    assert latest_checkpoint(tmp_path) == newest
+    assert read == [str(newest)]
+
+
+def test_what_stands_beside_the_tensors_is_checked_before_it_is_read(tmp_path: Path):
+    best = tmp_path / "best.ckpt"
+    AtomicCheckpointIO().save_checkpoint(content(10), best)
+    best.write_bytes(best.read_bytes().replace(b"global_step", b"global_stop"))
+    assert "damaged" in damage_of(best, thorough=False)
+    assert whole.step_of(best) == -1
 
 
 def test_a_checkpoint_that_another_rank_sets_aside_meanwhile(tmp_path: Path, monkeypatch):
