@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,11 +23,10 @@ def error_of(capsys: pytest.CaptureFixture[str], args: list[str]) -> str:
     return text.removeprefix("mmssl: error: ")
 
 
-def test_help_is_quick_and_lists_everything():
-    began = time.perf_counter()
+def test_help_imports_no_torch_and_lists_everything():
+    """Importing torch takes seconds, all else 0.2 s."""
     script = "import sys; from mmssl.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - began < 5  # about 0.2 s alone; importing torch takes several
     for command in ("fit", "validate", "test", "predict", "report", "tokenizer train"):
         assert f"\n  {command} " in done.stdout
     for command in ("index", "check", "write", "stats"):

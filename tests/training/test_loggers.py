@@ -3,8 +3,8 @@
 import csv
 import json
 import socket
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,24 +81,38 @@ def test_without_a_key_it_is_offline_and_each_start_a_segment(tmp_path: Path, ca
     assert len(list((folder / "wandb").glob("offline-run-*/*.wandb"))) == 2
 
 
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    """What W&B is asked for: mode, and the seconds that it may try to connect (it would take 90)."""
+    import wandb
+
+    real, calls = wandb.init, list[tuple[str, float]]()
+
+    def init(**kwargs: Any) -> Any:
+        calls.append((kwargs["mode"], kwargs["settings"].init_timeout))
+        return real(**kwargs)
+
+    monkeypatch.setattr(wandb, "init", init)
+    return calls
+
+
 @pytest.mark.usefixtures("no_account")
-def test_with_a_key_and_no_network_it_goes_on_offline_within_seconds(tmp_path: Path, monkeypatch, capsys):
+def test_with_a_key_and_no_network_w_and_b_is_not_asked_to_connect(tmp_path: Path, monkeypatch, capsys, begun):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-    began = time.monotonic()
     log = Wandb(str(tmp_path / "run"))
     log.log_metrics({"a": 1.0}, step=0)
     log.finalize("success")
-    assert time.monotonic() - began < 20
+    assert [mode for mode, _ in begun] == ["offline"]
     assert "does not answer" in capsys.readouterr().out
     assert segments(tmp_path / "run")[0]["mode"] == "offline"
 
 
 @pytest.mark.usefixtures("no_account")
-def test_a_server_that_answers_nonsense_costs_seconds(tmp_path: Path, monkeypatch, capsys):
+def test_a_server_that_answers_nonsense_costs_as_long_as_it_may(tmp_path: Path, monkeypatch, begun):
     """It accepts connections, so the quick look succeeds, and then says nothing that W&B understands."""
     import http.server
     import threading
@@ -117,11 +131,10 @@ def test_a_server_that_answers_nonsense_costs_seconds(tmp_path: Path, monkeypatc
     try:
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-        began = time.monotonic()
         log = Wandb(str(tmp_path / "run"), connect_seconds=3)
         log.log_metrics({"a": 1.0}, step=0)
         log.finalize("success")
-        assert time.monotonic() - began < 30
+        assert begun == [("online", 3.0), ("offline", 3.0)]
         assert segments(tmp_path / "run")[0]["mode"] == "offline"
     finally:
         server.shutdown()
