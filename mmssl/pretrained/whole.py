@@ -81,7 +81,9 @@ def step_of(path: Path) -> int:
     return step if isinstance(step, int) else -1
 
 
-def read_checkpoint(path: str | Path, tensors: bool = True, thorough: bool = True) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, tensors: bool = True, thorough: bool = True, mapped: bool = False
+) -> dict[str, Any]:
     """What a checkpoint holds, a sharded one put together: tensors on the CPU and plain values, never code.
 
     Args:
@@ -89,6 +91,7 @@ def read_checkpoint(path: str | Path, tensors: bool = True, thorough: bool = Tru
         tensors: False leaves the weights of a sharded checkpoint out and maps a file's into memory instead of reading
             them, for who asks only for what stands beside.
         thorough: check all of it before; False where that was done already.
+        mapped: map a file's tensors into memory, which all processes of a machine share, instead of reading them.
 
     Raises:
         CheckpointError: it is damaged, or not to be read safely.
@@ -101,7 +104,7 @@ def read_checkpoint(path: str | Path, tensors: bool = True, thorough: bool = Tru
 
         return read_whole(path) if tensors else split_meta(path)[0]  # both after the check above
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=not tensors)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or not tensors)
     except (pickle.UnpicklingError, RuntimeError, OSError) as error:
         raise CheckpointError(f"cannot load {path}: it cannot be read safely ({first_line(error)})") from error
     if not isinstance(content, dict):

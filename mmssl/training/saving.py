@@ -64,7 +64,8 @@ class AtomicCheckpointIO(CheckpointIO):
         Raises:
             CheckpointError: There is no such checkpoint, it is damaged, or a rank does not see it.
         """
-        return read_checkpoint(same_checkpoint(Path(path)), thorough=False)
+        # Mapped, or each rank of a machine would hold all of it while its own state is filled from it.
+        return read_checkpoint(same_checkpoint(Path(path)), thorough=False, mapped=True)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         remove(Path(path))

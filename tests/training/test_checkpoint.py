@@ -41,6 +41,17 @@ def test_round_trip(tmp_path: Path):
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_what_is_loaded_is_shared_by_the_ranks_of_a_machine(tmp_path: Path):
+    """Mapped from the file; what is changed in it stays out of the file, which may go meanwhile."""
+    path = save(tmp_path, 3)
+    loaded = AtomicCheckpointIO().load_checkpoint(path)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    loaded["state_dict"]["w"][0] = 7.0
+    assert damage_of(path) is None
+    path.unlink()
+    assert loaded["state_dict"]["w"].unique().tolist() == [3.0, 7.0]
+
+
 def test_kill_9_while_saving_leaves_a_whole_checkpoint(tmp_path: Path):
     save(tmp_path, 0)
     rng = random.Random(0)
