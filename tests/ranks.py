@@ -1,5 +1,6 @@
 """Real runs on real ranks, with callbacks from disturb.py, for the tests of what clusters do to them."""
 
+import itertools
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from pairs import TINY
 from mmssl.cli import main
 
 TESTS = Path(__file__).parent
+_PORTS = itertools.count()  # of this process
 
 
 def tiny_config(tokenizer: str, shards: str, steps: int) -> dict[str, Any]:
@@ -58,9 +60,7 @@ def fit(
             whole = [sys.executable, "-m", "mmssl", *command]
             pids = [subprocess.Popen(whole, stdout=log, stderr=log, env=environment, start_new_session=True).pid]
         else:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
             pids = [fork(partial(_rank, rank, ranks, address, command, log.fileno())) for rank in range(ranks)]
     try:
         codes = ends(pids, seconds)
@@ -69,6 +69,15 @@ def fit(
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
     return codes, Path(f"{folder}.log").read_text()
+
+
+def _free_port() -> int:
+    """Where nobody listens, and nobody will: below what the system gives out, and other tests count from elsewhere."""
+    while True:
+        port = 10_000 + (37 * os.getpid() + next(_PORTS)) % 20_000
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _rank(rank: int, ranks: int, address: dict[str, str], command: list[str], log: int) -> None:
