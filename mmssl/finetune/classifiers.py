@@ -12,7 +12,7 @@ from mmssl.finetune.labels import Labels
 from mmssl.finetune.network import ClassifierNetwork, Logits, Mixing, Pool
 from mmssl.finetune.prepare import PrepareLabelled
 from mmssl.finetune.targets import Kind, make_target
-from mmssl.training.module import Rows
+from mmssl.training.completion import Rows
 from mmssl.types import Batch, Loss
 
 Mode = Literal["full", "linear_probe"]

@@ -15,7 +15,8 @@ from mmssl.backbone import Backbone
 from mmssl.finetune.base import Pictured
 from mmssl.finetune.network import Pool, check_pool, pooled
 from mmssl.finetune.prepare import PreparePair
-from mmssl.training.module import Rows, gather_objects
+from mmssl.training.completion import Rows
+from mmssl.training.together import hear_all
 from mmssl.types import Batch, Loss
 
 _LARGEST_SCALE = math.log(100)  # CLIP's: a temperature of 0.01
@@ -142,7 +143,7 @@ class DualEncoder(Pictured):
         self._seen.append((prediction.image[chosen].cpu(), prediction.text[chosen].cpu()))
 
     def measured(self) -> dict[str, Tensor]:
-        parts = [part for rank in gather_objects(self._seen, self.trainer.world_size) for part in rank]
+        parts = [part for rank in hear_all(self._seen) for part in rank]
         self._seen = []
         images, texts = (torch.cat([part[side] for part in parts]) for side in (0, 1))
         found: dict[str, Tensor] = {}

@@ -25,7 +25,7 @@ from mmssl.draws import Draws
 from mmssl.masking.image import ImageStrategy, check_image_strategy, hide_patches
 from mmssl.masking.text import HiddenTokens, TextStrategy, check_text_strategy, hide_tokens
 from mmssl.pretrained.start import start_from
-from mmssl.training.module import Completion, split_by_sample
+from mmssl.training.completion import Completion, split_by_sample
 from mmssl.types import BadSample, Image, Loss, Sample, Text, ceil_to
 
 Ratio = float | tuple[float, float] | list[float]  # of a list, exactly two: [first, last]

@@ -18,7 +18,8 @@ from mmssl.objectives.base import (
     check_image_masking,
     reconstruction_loss,
 )
-from mmssl.training.module import Completion, PretrainModule, unit_pixels
+from mmssl.training.completion import Completion, unit_pixels
+from mmssl.training.module import PretrainModule
 from mmssl.types import Batch, Loss, Sample
 
 

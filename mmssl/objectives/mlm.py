@@ -19,7 +19,8 @@ from mmssl.objectives.base import (
     guesses,
     token_losses,
 )
-from mmssl.training.module import Completion, PretrainModule
+from mmssl.training.completion import Completion
+from mmssl.training.module import PretrainModule
 from mmssl.types import Batch, Loss, Sample
 
 

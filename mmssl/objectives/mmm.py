@@ -33,7 +33,8 @@ from mmssl.objectives.base import (
 )
 from mmssl.objectives.mae import PrepareMAE
 from mmssl.objectives.mlm import PrepareMLM
-from mmssl.training.module import Completion, PretrainModule, unit_pixels
+from mmssl.training.completion import Completion, unit_pixels
+from mmssl.training.module import PretrainModule
 from mmssl.types import Batch, Loss, Sample
 
 

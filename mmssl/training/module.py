@@ -5,10 +5,9 @@ An objective gives three things: ``prepare`` (the loader's half), ``forward`` (t
 """
 
 import hashlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int, UInt8
 from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
@@ -18,31 +17,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from mmssl.draws import mix
 from mmssl.pretrained.whole import FORMAT, check_format
 from mmssl.training.changed import Changed
+from mmssl.training.completion import Completion, Rows
 from mmssl.training.guard import StepGuard
 from mmssl.training.messages import warn
-from mmssl.training.optim import adamw, warmup_cosine
+from mmssl.training.optim import adamw, check_trainer, warmup_cosine
 from mmssl.training.strategies import FSDP, distribute, whole
-from mmssl.training.votes import Votes, sum_over_ranks
+from mmssl.training.sums import add_up, means
+from mmssl.training.together import hear_all
+from mmssl.training.votes import Votes
 from mmssl.types import Batch, Loss, Prepare
-
-
-class Completion(NamedTuple):
-    """What a person looks at: pictures of a few samples, in [0, 1], and the guesses for the hidden tokens."""
-
-    original: Float[Tensor, "B C H W"] | None = None
-    visible: Float[Tensor, "B C H W"] | None = None
-    completed: Float[Tensor, "B C H W"] | None = None
-    input_ids: list[list[int]] | None = None  # per sample, as the model saw them
-    hidden: list[list[int]] | None = None  # per sample, positions within the text
-    labels: list[list[int]] | None = None
-    guesses: list[list[int]] | None = None
-
-
-class Rows(NamedTuple):
-    """Predictions as lines of JSON, for the file ``<name>-<rank>.jsonl``."""
-
-    name: str
-    rows: list[dict[str, Any]]
 
 
 class PretrainModule(LightningModule):
@@ -275,29 +258,16 @@ class PretrainModule(LightningModule):
             sums = {"loss": step, **{f"{batch.source}/{name}": loss for name, loss in sums.items()}}
         elif not self._logs_now():
             return
-        self._add(self._window_sums, sums, torch.float32)
+        add_up(self._window_sums, sums, torch.float32)
 
     def _check_budget(self) -> None:
         """All ranks together: stop on all of them if too many samples were bad."""
         check = getattr(getattr(self.trainer, "datamodule", None), "check_budget", None)
         if check is not None and self.trainer.world_size > 1:
-            check(lambda mine: gather_objects(mine, self.trainer.world_size))
-
-    @staticmethod
-    def _add(sums: dict[str, Tensor], losses: dict[str, Loss], dtype: torch.dtype) -> None:
-        """Add a batch's (total, count) by name to ``sums``, on the device."""
-        for name, (total, count) in losses.items():
-            sums[name] = sums.get(name, 0) + torch.stack([total.detach().to(dtype), count.to(dtype)])
+            check(hear_all)
 
     def _means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """total / count by name after adding up the ranks, and the weighted loss that is trained on."""
-        packed = torch.stack(list(sums.values())).float()
-        if self.trainer.world_size > 1:
-            packed = sum_over_ranks(packed, self.trainer.world_size)
-        means = dict(zip(sums, packed[:, 0] / packed[:, 1], strict=True))
-        if "loss" not in means:
-            means["loss"] = torch.stack([weight * means[name] for name, weight in self.loss_weights.items()]).sum()
-        return {_metric_name(name, self.loss_weights): value for name, value in means.items()}
+        return means(sums, self.loss_weights, self.trainer.world_size)
 
     def on_validation_epoch_start(self) -> None:
         self._eval_sums = {}
@@ -305,7 +275,7 @@ class PretrainModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         precise = torch.float32 if self.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         prediction = self(batch)
-        self._add(self._eval_sums, self.compare(prediction, batch), precise)
+        add_up(self._eval_sums, self.compare(prediction, batch), precise)
         self.measure(prediction, batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -343,27 +313,7 @@ class PretrainModule(LightningModule):
         return None
 
     def configure_optimizers(self) -> Any:
-        if self.trainer.gradient_clip_val:
-            raise ValueError(
-                "trainer.gradient_clip_val is set; set model.init_args.clip_grad_norm instead, which also works "
-                "with the fused optimizer under mixed precision"
-            )
-        if self.trainer.max_steps < 1:
-            raise ValueError(
-                "trainer.max_steps is not set; the cosine schedule ends there, so give the number of steps"
-            )
-        limit, window = self.trainer.limit_train_batches, self.trainer.accumulate_grad_batches
-        trial = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]  # whose few steps are no schedule
-        if isinstance(limit, int) and limit % window and not trial:
-            raise ValueError(
-                f"trainer.limit_train_batches is {limit}, which trainer.accumulate_grad_batches {window} does not "
-                f"divide: the last optimizer step would lack batches; give a multiple of {window}"
-            )
-        if self.warmup_steps >= self.trainer.max_steps and not trial:
-            raise ValueError(
-                f"warmup_steps is {self.warmup_steps} but trainer.max_steps is {self.trainer.max_steps}; "
-                "warm up for fewer steps than the run has"
-            )
+        check_trainer(self.trainer, self.warmup_steps)
         optimizer = adamw(
             self,
             lr=self.lr,
@@ -380,35 +330,3 @@ class PretrainModule(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"},
         }
-
-
-def _metric_name(name: str, weights: dict[str, float]) -> str:
-    source, slash, part = name.rpartition("/")
-    return f"{source}{slash}loss_{part}" if part in weights else name
-
-
-def split_by_sample(
-    values: Int[Tensor, " M"], positions: Int[Tensor, " M"], cu_seqlens: Int[Tensor, " E"], samples: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Hand values at packed positions back to their samples: (values, positions within the text) per sample."""
-    owner = torch.searchsorted(cu_seqlens.to(positions.dtype), positions, right=True) - 1
-    out_values: list[list[int]] = [[] for _ in range(samples)]
-    out_positions: list[list[int]] = [[] for _ in range(samples)]
-    starts = cu_seqlens.tolist()
-    for value, position, sample in zip(values.tolist(), positions.tolist(), owner.tolist(), strict=True):
-        out_values[sample].append(value)
-        out_positions[sample].append(position - starts[sample])
-    return out_values, out_positions
-
-
-def gather_objects(mine: Any, world: int) -> list[Any]:
-    """Every rank's object, by rank; all ranks call this together."""
-    every: list[Any] = [mine] * world
-    if world > 1:
-        torch.distributed.all_gather_object(every, mine)
-    return every
-
-
-def unit_pixels(pixels: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-    """uint8 to floats in [0, 1]."""
-    return pixels.float() / 255

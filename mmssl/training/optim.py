@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
@@ -65,3 +66,26 @@ def warmup_cosine(warmup_steps: int, max_steps: int, floor: float) -> Callable[[
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
     return factor
+
+
+def check_trainer(trainer: pl.Trainer, warmup_steps: int) -> None:
+    """Raises ValueError for what a Trainer was given that does not go with this optimizer and schedule."""
+    if trainer.gradient_clip_val:
+        raise ValueError(
+            "trainer.gradient_clip_val is set; set model.init_args.clip_grad_norm instead, which also works "
+            "with the fused optimizer under mixed precision"
+        )
+    if trainer.max_steps < 1:
+        raise ValueError("trainer.max_steps is not set; the cosine schedule ends there, so give the number of steps")
+    limit, window = trainer.limit_train_batches, trainer.accumulate_grad_batches
+    trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # whose few steps are no schedule
+    if isinstance(limit, int) and limit % window and not trial:
+        raise ValueError(
+            f"trainer.limit_train_batches is {limit}, which trainer.accumulate_grad_batches {window} does not "
+            f"divide: the last optimizer step would lack batches; give a multiple of {window}"
+        )
+    if warmup_steps >= trainer.max_steps and not trial:
+        raise ValueError(
+            f"warmup_steps is {warmup_steps} but trainer.max_steps is {trainer.max_steps}; "
+            "warm up for fewer steps than the run has"
+        )

@@ -11,7 +11,7 @@ import mmssl
 from mmssl.data.tokenizer import TextTokenizer
 from mmssl.draws import Draws
 from mmssl.objectives.base import Pixels, PrepareText, guesses, ratio_at
-from mmssl.training.module import split_by_sample
+from mmssl.training.completion import split_by_sample
 from mmssl.types import BadSample, Batch, Image, Sample, Text
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)

@@ -9,7 +9,6 @@ from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import pytest
-import torch
 from torch.utils.data import DataLoader
 from toy import ToyData, ToyModule, ToyStream
 
@@ -81,10 +80,10 @@ def test_counters_survive_a_checkpoint(tmp_path: Path):
 
 
 def test_counters_are_sums_over_ranks_that_met_other_names(monkeypatch: pytest.MonkeyPatch):
-    def gather(every: list[Any], mine: Any) -> None:
-        every[:] = [mine, Counter({"bad/decode": 2, "bad/truncated": 1})]
+    def hear_all(mine: Any) -> list[Any]:
+        return [mine, Counter({"bad/decode": 2, "bad/truncated": 1})]
 
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr("mmssl.training.callbacks.throughput.hear_all", hear_all)
     trainer = Mock(spec=pl.Trainer, world_size=2, is_global_zero=True)
     first, checkpoint = Throughput(), {}
     first._totals.update({"bad/truncated": 3})

@@ -163,7 +163,8 @@ def test_what_does_not_fit_a_checkpoint_is_refused(tokenizer_path: str, pair_sha
 def test_no_fused_optimizer_under_a_gradient_scaler(tokenizer_path: str, scaler: object) -> None:
     """It unscales the gradients in its step only, and we clip before."""
     module = small(tokenizer_path)
-    module._trainer = Mock(max_steps=5, gradient_clip_val=None, limit_train_batches=1.0, fast_dev_run=False)
+    given = {"max_steps": 5, "gradient_clip_val": None, "limit_train_batches": 1.0, "fast_dev_run": False}
+    module._trainer = Mock(spec=Trainer, **given, accumulate_grad_batches=1)
     module._trainer.precision_plugin.scaler = scaler
     optimizer = module.configure_optimizers()["optimizer"]
     assert optimizer.defaults["fused"] is (scaler is None)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 import mmssl
 from mmssl.data.tokenizer import TextTokenizer, train_tokenizer
 from mmssl.training.callbacks.pictures import Pictures, _pieces, draw_grid
-from mmssl.training.module import Completion
+from mmssl.training.completion import Completion
 
 GREEN, RED, GREY, DARK = (0, 130, 50), (200, 30, 30), (120, 120, 120), (40, 40, 40)
 

@@ -11,7 +11,7 @@ from mmssl.data.lines import append_line
 from mmssl.training.guard import SkipError, Skipped, StepGuard
 from mmssl.training.hangs import HangWatch
 from mmssl.training.messages import warn
-from mmssl.training.module import gather_objects
+from mmssl.training.together import hear_all
 from mmssl.training.votes import Votes
 
 
@@ -108,7 +108,7 @@ class Health(Callback):
         if not found:
             return
         self.skipped += len(found)
-        every = gather_objects([skipped.keys for skipped in found], trainer.world_size)
+        every = hear_all([skipped.keys for skipped in found])
         file = Path(trainer.default_root_dir) / "skipped_steps.jsonl"
         keys = [[key for rank in every for key in rank[number]] for number in range(len(found))]
         _write(file, found, keys)

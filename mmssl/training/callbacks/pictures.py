@@ -11,8 +11,8 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
+from mmssl.training.completion import Completion
 from mmssl.training.messages import warn
-from mmssl.training.module import Completion
 from mmssl.types import Batch
 
 _TILE, _GAP, _TEXT_WIDTH, _FONT = 112, 6, 520, 15

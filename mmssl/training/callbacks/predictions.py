@@ -9,7 +9,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from mmssl.training.callbacks.pictures import draw_grid
-from mmssl.training.module import Completion, Rows
+from mmssl.training.completion import Completion, Rows
 from mmssl.types import Batch
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 
 from mmssl.training.callbacks.ranks import Pace, Slowest
-from mmssl.training.module import gather_objects
+from mmssl.training.together import hear_all
 from mmssl.training.votes import Clock
 
 
@@ -129,7 +129,7 @@ class Throughput(Callback):
         }
         worked, met = (0.0, 0.0) if self._clock is None else self._clock.read()
         mine = Pace(socket.gethostname(), waited, worked)
-        every = gather_objects((int(self._tokens), self._totals, mine, met), ranks)
+        every = hear_all((int(self._tokens), self._totals, mine, met))
         tokens, totals = sum(rank[0] for rank in every), _total(rank[1] for rank in every)
         if tokens:
             self.latest["text_tokens_per_second"] = tokens / seconds
@@ -152,7 +152,7 @@ class Throughput(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["notes"] = dict(_total(gather_objects(self._totals, trainer.world_size)))
+        checkpoint["notes"] = dict(_total(hear_all(self._totals)))
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
