@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mmssl.cli import main
+from mmssl.training.callbacks import ranks
 from mmssl.training.callbacks.health import Health
 from mmssl.training.callbacks.ranks import Pace, Slowest
 from mmssl.training.guard import SkipError, StepGuard
@@ -116,7 +117,11 @@ def test_one_rank_s_bad_gradient_is_skipped_by_all(
 
 
 @pytest.mark.timeout(300)
-def test_a_slow_rank_is_named(tmp_path: Path, tokenizer_path: str, pair_shards: str) -> None:
+def test_a_slow_rank_is_named(
+    tmp_path: Path, tokenizer_path: str, pair_shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "WINDOWS", 3)
+    monkeypatch.setattr(ranks, "SECONDS", 3.0)
     slow = ("disturb.Slow", {"rank": 1, "seconds": 1.5})
     codes, said = fit(tmp_path / "run", tiny_config(tokenizer_path, pair_shards, steps=8), callbacks=[slow])
     assert codes == [0, 0], said
@@ -219,18 +224,30 @@ def test_the_end_of_a_run_looks_at_what_came_behind_the_last_logged_step(tmp_pat
 def test_only_who_stays_slower_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     slowest = Slowest()
 
-    def window(*own: float) -> dict[str, float]:
-        return slowest.judge([Pace(f"node{rank}", 0.1, seconds) for rank, seconds in enumerate(own)], 10, 10.0)
+    def window(*own: float, seconds: float = 12.0) -> dict[str, float]:
+        return slowest.judge([Pace(f"node{rank}", 0.1, mine) for rank, mine in enumerate(own)], 10, seconds)
 
-    assert window(1.0, 3.0, 1.0, 1.2) == {"slowest_rank": 1, "imbalance": pytest.approx(0.2)}
-    window(3.0, 1.0, 1.0, 1.2)
-    window(1.0, 1.5, 1.0, 1.0)  # half a tenth
-    window(1.0, 3.0, 1.0, 1.0)
-    window(1.0, 3.0, 1.0, 1.0)
+    assert window(1.0, 4.0, 1.0, 1.2) == {"slowest_rank": 1, "imbalance": pytest.approx(0.25)}
+    for _ in range(8):
+        window(1.0, 4.0, 1.0, 1.2)
+    window(4.0, 1.0, 1.0, 1.2)  # another one
+    for _ in range(9):
+        window(1.0, 4.0, 1.0, 1.0)
+    window(1.0, 2.0, 1.0, 1.0)  # not by much
+    for _ in range(9):
+        window(1.0, 4.0, 1.0, 1.0)
     assert capsys.readouterr().err == ""
-    window(1.0, 3.0, 1.0, 1.0)
-    assert "rank 1 on node1 is slower than the others, for 30 steps now" in capsys.readouterr().err
-    window(1.0, 3.0, 1.0, 1.0)
+    window(1.0, 4.0, 1.0, 1.0)
+    assert "rank 1 on node1 is slower than the others, for 100 steps now" in capsys.readouterr().err
+    for _ in range(30):
+        window(1.0, 4.0, 1.0, 1.0)
+    assert [line.split("for ")[1].split(" steps")[0] for line in capsys.readouterr().err.splitlines()] == ["200", "400"]
+
+
+def test_a_rank_of_a_run_of_seconds_is_not_called_slow(capsys: pytest.CaptureFixture[str]) -> None:
+    slowest = Slowest()
+    for _ in range(200):  # a tiny run's steps of 10 ms, each logged
+        slowest.judge([Pace("here", 0.0, 0.001), Pace("here", 0.004, 0.005)], 1, 0.01)
     assert capsys.readouterr().err == ""
 
 

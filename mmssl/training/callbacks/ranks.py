@@ -7,8 +7,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from mmssl.training.messages import warn
 
-SHARE = 0.1  # of a step that a rank may be slower than the others
-WINDOWS = 3  # logged ones that it has to be, before it is named
+SHARE = 0.2  # of a step that a rank may be slower than the others
+WINDOWS = 10  # logged ones in a row that it has to be slower in, before it is named
+SECONDS = 120.0  # that these have to last; twice as long the next time, then four times, ...
 
 
 class Pace(NamedTuple):
@@ -33,15 +34,20 @@ class Slowest:
     def __init__(self) -> None:
         self._rank = -1
         self._windows = 0
+        self._seconds = 0.0
+        self._next = 0.0
 
     def judge(self, paces: list[Pace], steps: int, seconds: float) -> dict[str, float]:
         """``slowest_rank``, and ``imbalance``: by how much it is slower than the median rank, as a part of a step."""
         rank = max(range(len(paces)), key=lambda number: paces[number].own)
         slow, usual = paces[rank], statistics.median_low(pace.own for pace in paces)
         imbalance = (slow.own - usual) / seconds
-        self._windows = (self._windows + 1 if rank == self._rank else 1) if imbalance > SHARE else 0
-        self._rank = rank
-        if self._windows % WINDOWS == 0 and (self._windows // WINDOWS).bit_count() == 1:  # rarer and rarer
+        if imbalance <= SHARE or rank != self._rank:
+            self._rank, self._windows, self._seconds, self._next = rank, 0, 0.0, SECONDS
+        if imbalance > SHARE:
+            self._windows, self._seconds = self._windows + 1, self._seconds + seconds
+        if self._windows >= WINDOWS and self._seconds >= self._next:
+            self._next = 2 * self._seconds  # rarer and rarer
             rank_zero_only(warn)(
                 f"rank {rank} on {slow.host} is slower than the others, for {self._windows * steps} steps now: it "
                 f"takes {slow.own / steps:.3g} s of a step of {seconds / steps:.3g} s until it meets them (waiting for "
