@@ -22,33 +22,72 @@ Kind = Literal["class", "multilabel", "regression"]
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
-class OneClass:
+class Target:
+    """Base of the kinds.
+
+    Attributes:
+        count: K, the classes or values.
+        unknown: the label of a sample that has none, where none is needed.
+    """
+
+    kind: ClassVar[Kind]
+    least: ClassVar[int] = 1  # classes or values that make sense
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.unknown: Any = [math.nan] * count
+
+    def read(self, value: Any) -> Any:
+        """A label from the text of a .cls or a value of a .json.
+
+        Raises:
+            BadSample: ``no_label``, ``label_not_a_number``, ``label_out_of_range`` or ``label_of_wrong_length``.
+        """
+        raise NotImplementedError
+
+    def stack(self, labels: list[Any]) -> Tensor:
+        """The labels of a batch."""
+        return torch.tensor(labels)
+
+    def errors(self, logits: Float[Tensor, "B K"], labels: Tensor, smoothing: float) -> Float[Tensor, " B"]:
+        """The loss of each sample."""
+        raise NotImplementedError
+
+    def hits(self, logits: Float[Tensor, "B K"], labels: Tensor) -> dict[str, Tensor]:
+        """What is counted in training, too: sums over the samples."""
+        return {}
+
+    def metrics(self) -> dict[str, Any]:
+        """torchmetrics of the evaluation, by name."""
+        raise NotImplementedError
+
+    def scores(self, logits: Float[Tensor, "B K"], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What the metrics take."""
+        return logits, labels
+
+    def row(self, logits: Float[Tensor, " K"], label: Tensor) -> dict[str, Any]:
+        """A prediction as it is written to a file."""
+        raise NotImplementedError
+
+
+class OneClass(Target):
     """One of K classes: cross-entropy; ``accuracy``, and ``accuracy_top5`` where there are more than five."""
 
     kind: ClassVar[Kind] = "class"
     least: ClassVar[int] = 2
-    unknown: Any = -1
 
     def __init__(self, count: int) -> None:
-        self.count = count
+        super().__init__(count)
+        self.unknown = -1
 
     def read(self, value: Any) -> int:
-        """A class from the text of a .cls or a value of a .json.
-
-        Raises:
-            BadSample: ``no_label``, ``label_not_a_number`` or ``label_out_of_range``.
-        """
         return _class(value, self.count)
 
-    def stack(self, labels: list[Any]) -> Tensor:
-        return torch.tensor(labels)
-
     def errors(self, logits: Float[Tensor, "B K"], labels: Tensor, smoothing: float) -> Float[Tensor, " B"]:
-        """The loss of each sample; ``labels`` may be distributions over the classes."""
+        """``labels`` may be distributions over the classes."""
         return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
 
     def hits(self, logits: Float[Tensor, "B K"], labels: Tensor) -> dict[str, Tensor]:
-        """What is counted in training, too: sums over the samples."""
         return {"accuracy": (logits.argmax(-1) == labels).sum().float()}
 
     def metrics(self) -> dict[str, Any]:
@@ -57,12 +96,7 @@ class OneClass:
             found["accuracy_top5"] = MulticlassAccuracy(self.count, top_k=5, average="micro")
         return found
 
-    def scores(self, logits: Float[Tensor, "B K"], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What the metrics take."""
-        return logits, labels
-
     def row(self, logits: Float[Tensor, " K"], label: Tensor) -> dict[str, Any]:
-        """A prediction as it is written to a file."""
         truth = int(label)
         return {
             "label": int(logits.argmax()),
@@ -71,18 +105,13 @@ class OneClass:
         }
 
 
-class ManyClasses(OneClass):
+class ManyClasses(Target):
     """Any number of K classes: binary cross-entropy, averaged over the classes; ``mAP`` and ``f1`` (macro, at 0.5).
 
     A .cls holds the classes' numbers, with spaces or commas between them; a .json a list, which may be empty.
     """
 
     kind: ClassVar[Kind] = "multilabel"
-    least: ClassVar[int] = 1
-
-    def __init__(self, count: int) -> None:
-        super().__init__(count)
-        self.unknown = [math.nan] * count
 
     def read(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -95,9 +124,6 @@ class ManyClasses(OneClass):
     def errors(self, logits: Float[Tensor, "B K"], labels: Tensor, smoothing: float) -> Float[Tensor, " B"]:
         labels = labels.to(logits.dtype) * (1 - smoothing) + 0.5 * smoothing
         return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
-
-    def hits(self, logits: Float[Tensor, "B K"], labels: Tensor) -> dict[str, Tensor]:
-        return {}
 
     def metrics(self) -> dict[str, Any]:
         return {
@@ -117,18 +143,13 @@ class ManyClasses(OneClass):
         }
 
 
-class Numbers(OneClass):
+class Numbers(Target):
     """K numbers: squared error, averaged over them; ``mae``, ``rmse`` and ``r2``.
 
     A .cls holds the numbers, with spaces or commas between them; a .json a number or a list of K.
     """
 
     kind: ClassVar[Kind] = "regression"
-    least: ClassVar[int] = 1
-
-    def __init__(self, count: int) -> None:
-        super().__init__(count)
-        self.unknown = [math.nan] * count
 
     def read(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -142,9 +163,6 @@ class Numbers(OneClass):
 
     def errors(self, logits: Float[Tensor, "B K"], labels: Tensor, smoothing: float) -> Float[Tensor, " B"]:
         return (logits - labels.to(logits.dtype)).square().mean(-1)
-
-    def hits(self, logits: Float[Tensor, "B K"], labels: Tensor) -> dict[str, Tensor]:
-        return {}
 
     def metrics(self) -> dict[str, Any]:
         return {
@@ -164,7 +182,6 @@ class _R2(R2Score):
         return super().compute() if self.total >= 2 else torch.full((), math.nan, device=self.device)
 
 
-Target = OneClass
 _KINDS: dict[str, type[Target]] = {kind.kind: kind for kind in (OneClass, ManyClasses, Numbers)}
 
 
