@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mmssl.cli.keys import UsageError
+from mmssl.pretrained.sharded import TABLE
 from mmssl.pretrained.whole import latest_checkpoint, read_checkpoint, step_of
 from mmssl.training.saving import AtomicCheckpointIO
 
@@ -28,7 +29,9 @@ def consolidate(checkpoint: str, out: str = "") -> None:
     path = Path(checkpoint)
     if not path.exists():
         raise UsageError(f"there is no {path}; give a run's folder or a sharded checkpoint's")
-    if path.is_dir() and ((path / "checkpoints").is_dir() or any(path.glob("*.ckpt"))):
+    if path.is_dir() and not (path / TABLE).is_file():
+        if not any(path.glob("*.ckpt")) and not any(path.glob("checkpoints/*.ckpt")):
+            raise UsageError(f"{path} holds no checkpoint; give a run's folder that has one, or a sharded checkpoint's")
         path = latest_checkpoint(path)
     if path.is_file():
         raise UsageError(f"{path} is one file already, which goes on anywhere")

@@ -110,8 +110,17 @@ class Launch(LightningCLI):
 
     def _names_a_data_class(self) -> bool:
         """Whether ``data`` is written as class_path and init_args; plainly, it holds mmssl.DataModule's arguments."""
-        written = [content.get("data") for _, content in self._configs if isinstance(content, dict)]
-        if any(isinstance(data, str) or (isinstance(data, dict) and "class_path" in data) for data in written):
+        configs = [(path, content.get("data")) for path, content in self._configs if isinstance(content, dict)]
+        written = [data for _, data in configs]
+        classes = [isinstance(data, str) or (isinstance(data, dict) and "class_path" in data) for data in written]
+        if any(classes):
+            plain = [bool(data) and not is_class for data, is_class in zip(written, classes, strict=True)]
+            if any(plain):
+                raise UsageError(
+                    f"{configs[plain.index(True)][0]} has the arguments of mmssl.DataModule as data, and "
+                    f"{configs[classes.index(True)][0]} another class; put the latter's data section in the "
+                    "place of the former's, in a copy of it"
+                )
             return True
         return any(name == "data" and "." in (value or "") for name, value in options_of(self._args))
 

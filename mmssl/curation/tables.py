@@ -52,11 +52,11 @@ def check_table(path: str, columns: Columns) -> None:
     if columns.image is None and columns.text is None:
         raise ValueError(
             f"source {path}: which column holds what? Its columns are {_listed(names)}; "
-            "name the picture's with --image, the text's with --text, or both"
+            "name the picture's by the option image, the text's by the option text, or both"
         )
     for option, name in columns.named().items():
         if name not in names:
-            raise ValueError(f"source {path}: has no column {name!r} (--{option}); its columns are {_listed(names)}")
+            raise ValueError(f"source {path}: has no column {name!r} (for {option}); its columns are {_listed(names)}")
 
 
 def table_records(path: str, columns: Columns) -> Iterator[Record]:

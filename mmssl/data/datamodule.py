@@ -234,7 +234,9 @@ class DataModule(LightningDataModule):
             for source in self._train.samples.sources:
                 title = "train" if len(epochs) == 1 else f"train {source.name}"
                 shards = source.shards
-                said[title] = f"{len(shards)} samples in {len(shards.shards)} shards, {epochs[source.name]:.3g} epochs"
+                said[title] = (
+                    f"{len(shards)} samples in {len(shards.shards)} shards, {_brief(epochs[source.name])} epochs"
+                )
         if self._val is not None:
             said["val"] = f"{self._val.count} of {self._val.total} samples"
         return said
@@ -281,6 +283,11 @@ class DataModule(LightningDataModule):
                     f"instead of {history[-1][1]}",
                     flush=True,
                 )
+
+
+def _brief(number: float) -> str:
+    """Three digits or all before the point: 0.0123, 2.76, 2760."""
+    return f"{number:.3g}" if number < 100 else f"{number:.0f}"
 
 
 class _Patience:

@@ -142,6 +142,21 @@ class FineTuned(PretrainModule):
         if self._lora_scale is not None:
             checkpoint[LORA] = self._lora_scale
 
+    def metric_names(self) -> set[str]:
+        """What a validation gives, without "val/": known before a run, so that callbacks can be held to it."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Raises ValueError for a callback that watches a metric which no validation will give."""
+        known = {f"val/{name}" for name in ("loss", *self.metric_names())}
+        for callback in self.trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            if isinstance(monitor, str) and monitor.startswith("val/") and monitor not in known:
+                raise ValueError(
+                    f"{type(callback).__name__} monitors {monitor}, but the validation of {type(self).__name__} gives "
+                    f"{', '.join(sorted(known))}; set the callback's monitor to one of these"
+                )
+
     def tokens(self) -> Tokens | None:
         """How texts become tokens; None where there is no text."""
         if self.tokenizer is None:

@@ -67,6 +67,9 @@ class Classifier(FineTuned):
         self.loss_weights = {"label": 1.0}
         self.metrics = MetricCollection(self.target.metrics(), compute_groups=False)
 
+    def metric_names(self) -> set[str]:
+        return {"loss_label", *map(str, self.metrics)}
+
     # ---- the loader's half
 
     def prepare(self, train: bool) -> PrepareLabelled:

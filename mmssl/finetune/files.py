@@ -94,9 +94,23 @@ class FilesData(DataModule):
         if not folder.is_dir():
             raise ValueError(f"{folder} is gone, or the files changed while the run began; start again")
         self._use(folder)
+        if stage != "predict":
+            self._check_count(folder)
         super().setup(stage)
         if stage == "fit":
             self._tell_classes(folder)
+
+    def _check_count(self, folder: Path) -> None:
+        """Raises ValueError if the files have more classes than the model."""
+        module = self.trainer and self.trainer.lightning_module
+        count = getattr(module, "num_classes", None)
+        names = json.loads((folder / _CLASSES).read_text()) if (folder / _CLASSES).exists() else []
+        if count is not None and len(names) > count:
+            shown = ", ".join([*map(repr, names[:5]), *["..."][: len(names) > 5]])
+            raise ValueError(
+                f"{', '.join(self.sources['train'])}: has {len(names)} classes ({shown}), but num_classes is {count}; "
+                f"set model.num_classes to {len(names)}"
+            )
 
     def _use(self, folder: Path) -> None:
         self.train = {"train": {"shards": str(folder / "train" / "train-*.tar")}}

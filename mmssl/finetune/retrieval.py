@@ -21,6 +21,7 @@ from mmssl.types import Batch, Loss
 
 _LARGEST_SCALE = math.log(100)  # CLIP's: a temperature of 0.01
 _RECALLS = (1, 5, 10)
+_WAYS = ("image_to_text", "text_to_image")
 
 
 class Embeddings(NamedTuple):
@@ -106,6 +107,9 @@ class DualEncoder(Pictured):
         self.loss_weights = {"contrastive": 1.0}
         self._seen: list[tuple[Tensor, Tensor]] = []
 
+    def metric_names(self) -> set[str]:
+        return {"loss_contrastive", "accuracy", *(f"recall/{way}@{k}" for way in _WAYS for k in _RECALLS)}
+
     def prepare(self, train: bool) -> PreparePair:
         tokens = self.tokens()
         assert tokens is not None
@@ -147,7 +151,7 @@ class DualEncoder(Pictured):
         self._seen = []
         images, texts = (torch.cat([part[side] for part in parts]) for side in (0, 1))
         found: dict[str, Tensor] = {}
-        for name, query, among in (("image_to_text", images, texts), ("text_to_image", texts, images)):
+        for name, query, among in zip(_WAYS, (images, texts), (texts, images), strict=True):
             places = places_of_partners(query, among)
             found |= {f"recall/{name}@{k}": (places < k).float().mean() for k in _RECALLS}
         return found

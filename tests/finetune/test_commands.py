@@ -11,7 +11,7 @@ import torch
 import webdataset
 import yaml
 from labelled import CLASSES, write_labelled
-from pairs import caption, picture
+from pairs import TINY, caption, picture
 from runs import train
 
 from mmssl.cli import main
@@ -191,3 +191,21 @@ def test_mistakes_are_said_in_one_line(
     assert main(["fit", *reduced(config, pair_run, (shard, shard)), option, "--run", "run"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mmssl: error")]
     assert message in line
+
+
+def test_a_monitor_that_no_validation_gives(
+    shards: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told before the run, not at its first validation."""
+    monkeypatch.chdir(tmp_path)
+    config = next(path for path in CONFIGS if path.stem == "image")
+    options = reduced(
+        config, Path("null"), shards, **{"model.init_args.target": "regression", "model.init_args.num_classes": 1}
+    )
+    zero = [f"--model.init_args.{name}=0" for name in ("mixup", "cutmix", "label_smoothing")]
+    scratch = ["--model.init_args.backbone_name=vit_tiny_patch16_224", "--model.init_args.drop_path_rate=0"]
+    options = [option for option in options if "init_args.backbone=" not in option]
+    tiny = f"--model.init_args.backbone_options={json.dumps(TINY)}"
+    assert main(["fit", *options, *zero, *scratch, "--model.init_args.backbone=null", tiny, "--run", "run"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "monitors val/accuracy, but the validation of ImageClassifier gives val/loss, val/loss_label" in line

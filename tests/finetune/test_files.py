@@ -206,3 +206,20 @@ def test_saved_datasets_that_are_not_what_they_seem(tmp_path: Path) -> None:
     (tmp_path / "chosen/state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"save it again after dataset\.flatten_indices\(\)"):
         mmssl.FilesData(str(tmp_path / "chosen"), **options).prepare_data()
+
+
+def test_more_classes_than_the_model_has(tmp_path: Path) -> None:
+    module = mmssl.ImageClassifier(**{**SCRATCH, "num_classes": 2})
+    data = mmssl.FilesData(image_folder(tmp_path / "images", range(8)), folder_labels=True, batch_size=4, num_workers=0)
+    with pytest.raises(
+        ValueError, match=r"has 4 classes \('blue', .*\), but num_classes is 2; set model.num_classes to 4"
+    ):
+        trainer(tmp_path / "run", 1).fit(module, data)
+
+
+def test_a_class_of_data_behind_plain_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, own = tmp_path / "plain.yaml", tmp_path / "own.yaml"
+    plain.write_text(yaml.safe_dump({"model": {"class_path": "mmssl.ImageClassifier"}, "data": {"train": "a.tar"}}))
+    own.write_text(yaml.safe_dump({"data": {"class_path": "mmssl.FilesData", "init_args": {"train": "b"}}}))
+    assert main(["fit", "--config", str(plain), "--config", str(own), "--run", str(tmp_path / "run")]) == 2
+    assert "plain.yaml has the arguments of mmssl.DataModule as data, and" in capsys.readouterr().err

@@ -69,6 +69,11 @@ class Predictions(Callback):
             with _writing(self.folder):
                 self._append(outputs.name, trainer.global_rank, outputs.rows)
 
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            kinds = sorted({path.name.rpartition("-")[0] + "-*" + path.suffix for path in self.folder.iterdir()})
+            print(f"mmssl: predictions are in {self.folder}: {', '.join(kinds)}", flush=True)
+
     def _append(self, name: str, rank: int, rows: Iterable[dict[str, Any]]) -> None:
         # A key may hold bytes that are no UTF-8; backslashes are how JSON writes such.
         path = self.folder / f"{name}-{rank}.jsonl"
