@@ -278,7 +278,8 @@ def test_slurm_does_not_requeue_inside_a_handler(monkeypatch):
     from mmssl.cli.extras import plugins
 
     assert not any(isinstance(p, SLURMEnvironment) for p in plugins(None))
-    monkeypatch.setattr(SLURMEnvironment, "detect", staticmethod(lambda: True))
+    for name in ("SLURM_STEP_ID", "SLURM_PROCID"):
+        monkeypatch.setenv(name, "0")
     [environment] = [p for p in plugins(None) if isinstance(p, SLURMEnvironment)]
     assert environment.auto_requeue is False
 

@@ -1,6 +1,6 @@
 """Every YAML in configs/ builds at its own size, and runs two steps at a reduced one through the real command.
 
-Overlays are put behind a whole config; tests/training/test_parallel.py shows what they train.
+Overlays are put behind a whole config; tests/training/test_strategies.py shows what they train.
 """
 
 from pathlib import Path

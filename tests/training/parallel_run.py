@@ -1,4 +1,4 @@
-"""Trains a list of tiny cases and saves what they came to; test_parallel.py runs it on two ranks, and in itself on one.
+"""Trains a list of tiny cases and saves what they came to; test_strategies.py runs it on two ranks, and itself on one.
 
 python parallel_run.py CASES.json OUT
 

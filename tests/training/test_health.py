@@ -15,7 +15,6 @@ from unittest.mock import Mock
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import TESTS
 from forks import together
 from ranks import fit, tiny_config
 from torch import nn
@@ -30,6 +29,8 @@ from mmssl.training.guard import SkipError, StepGuard
 from mmssl.training.hangs import HangWatch
 from mmssl.training.strategies import whole
 from mmssl.training.votes import Clock
+
+TESTS = Path(__file__).parents[1]
 
 
 def at(moment: str, what: str, **arguments: Any) -> tuple[str, dict[str, Any]]:

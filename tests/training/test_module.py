@@ -1,4 +1,4 @@
-"""The schedule, the errors, and exact resume through the real command; test_parallel.py has the rest."""
+"""The schedule, the errors, and exact resume through the real command; test_strategies.py has the rest."""
 
 import csv
 import json

@@ -14,7 +14,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import TESTS
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -22,6 +21,8 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from mmssl.cli import main
 from mmssl.training.checkpoint import Checkpoints, damage_of, latest_checkpoint
 from mmssl.training.preemption import Preempted, Preemption
+
+TESTS = Path(__file__).parents[1]
 
 SLOW = ["--model.step_seconds=0.05", "--trainer.max_steps=2000", "--trainer.val_check_interval=100000"]
 

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TESTS
 from ranks import fit, tiny_config
 
 from mmssl.training import signals
 from mmssl.training.callbacks.ledger import read_ledger
 from mmssl.training.checkpoint import damage_of, latest_checkpoint, step_of
+
+TESTS = Path(__file__).parents[1]
 
 LEDGER = ("mmssl.SampleLedger", {})
 

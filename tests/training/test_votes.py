@@ -110,7 +110,7 @@ def test_ranks_that_trained_apart_save_no_checkpoint(tmp_path: Path) -> None:
                 apart = rank if step == 13 else 0
                 votes.add_up([1.0], f"MLM {step + apart}", 2, CPU)
                 votes.read()
-        trainer = Mock(pl.Trainer, global_step=14, lightning_module=Mock(votes=votes))
+        trainer = Mock(pl.Trainer, global_step=14, lightning_module=Mock(votes=votes), default_root_dir=str(tmp_path))
         with pytest.raises(DivergenceError):
             Checkpoints().save(trainer)
 
