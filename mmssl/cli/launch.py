@@ -114,7 +114,7 @@ class Launch(LightningCLI):
         written = [data for _, data in configs]
         classes = [isinstance(data, str) or (isinstance(data, dict) and "class_path" in data) for data in written]
         if any(classes):
-            plain = [bool(data) and not is_class for data, is_class in zip(written, classes, strict=True)]
+            plain = [isinstance(data, dict) and bool(data.keys() - {"class_path", "init_args"}) for data in written]
             if any(plain):
                 raise UsageError(
                     f"{configs[plain.index(True)][0]} has the arguments of mmssl.DataModule as data, and "
