@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import yaml
 from pairs import TINY
 from runs import SMALL
@@ -24,6 +25,7 @@ def start(folder: Path, *options: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if line.strip()]
 
 
+@pytest.mark.timeout(700)  # four starts of torch and Lightning, on a machine that does other things
 def test_two_ranks_say_everything_once(tmp_path: Path, pair_shards: str, image_run: Path):
     """A first start from an earlier run's weights, then a second over a damaged checkpoint with another rate."""
     model = {"backbone": "vit_tiny_patch16_224", "backbone_options": TINY, "init_from": str(image_run), **SMALL}

@@ -1,6 +1,6 @@
-"""Trains and validates a tiny classifier or dual encoder; run by test_ranks.py in one process or in two under DDP.
+"""Trains and validates a tiny classifier; run by test_ranks.py in one process or in two under DDP.
 
-python ddp_classify.py OUT SHARD DEVICES VAL_SAMPLES [TOKENIZER]
+python ddp_classify.py OUT SHARD DEVICES VAL_SAMPLES
 """
 
 import sys
@@ -14,12 +14,14 @@ from pairs import TINY
 import mmssl
 
 
-def main(out: str, shard: str, devices: int, val_samples: int, tokenizer: str | None = None) -> None:
+def main(out: str, shard: str, devices: int, val_samples: int) -> None:
     seed_everything(0)
-    scratch = {"backbone_name": "vit_tiny_patch16_224", "backbone_options": TINY, "clip_grad_norm": None}
-    module: Any = mmssl.ImageClassifier(num_classes=CLASSES, **scratch)
-    if tokenizer is not None:
-        module = mmssl.DualEncoder(embed_dim=16, tokenizer=tokenizer, max_tokens=16, pad_to_multiple_of=1, **scratch)
+    scratch: dict[str, Any] = {
+        "backbone_name": "vit_tiny_patch16_224",
+        "backbone_options": TINY,
+        "clip_grad_norm": None,
+    }
+    module = mmssl.ImageClassifier(num_classes=CLASSES, **scratch)
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)  # shows a wrong scale
     data = mmssl.DataModule(
         shard, shard, batch_size=8, lanes=2, val_batch_size=8, val_samples=val_samples, num_workers=0
@@ -47,4 +49,4 @@ def main(out: str, shard: str, devices: int, val_samples: int, tokenizer: str | 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:5]), *sys.argv[5:])
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))

@@ -13,11 +13,11 @@ from labelled import write_labelled
 TESTS = Path(__file__).parents[1]
 
 
-def run(out: Path, shard: str, devices: int, val_samples: int, *more: str) -> dict[str, Any]:
+def run(out: Path, shard: str, devices: int, val_samples: int) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).with_name("ddp_classify.py")), str(out), shard]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
     done = subprocess.run(
-        [*command, str(devices), str(val_samples), *more], env=environment, capture_output=True, text=True, timeout=200
+        [*command, str(devices), str(val_samples)], env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = torch.load(out, weights_only=True)
@@ -32,16 +32,5 @@ def test_two_ranks_equal_one_process(val_samples: int, tmp_path: Path) -> None:
     assert one["metrics"]["val/accuracy"] * val_samples == pytest.approx(
         round(one["metrics"]["val/accuracy"] * val_samples)
     )  # padding would make it a part of 8 or 16
-    for name, value in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], value, atol=1e-5, rtol=1e-4)
-
-
-def test_two_ranks_contrast_as_one_process(tmp_path: Path, tokenizer_path: str) -> None:
-    """Every pair is compared to the pairs of both ranks, and the gradients reach both."""
-    shard = write_labelled(tmp_path / "a.tar", 32)
-    one, two = (run(tmp_path / f"{n}.pt", shard, n, 13, tokenizer_path) for n in (1, 2))
-    assert one["metrics"]["val/loss"] < 3 < one["metrics"]["val/loss"] + 2  # ln 8 of a batch of 8
-    ours = {name: value for name, value in two["metrics"].items() if not name.startswith("train/lr")}
-    assert ours == pytest.approx({name: one["metrics"][name] for name in ours}, rel=1e-3)
     for name, value in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], value, atol=1e-5, rtol=1e-4)
