@@ -203,7 +203,7 @@ class FilesData(DataModule):
                     self._write(part, temporary / part, names)
             if names is not None:
                 (temporary / _CLASSES).write_text(json.dumps(list(names), indent=1, ensure_ascii=False) + "\n")
-            with contextlib.suppress(FileExistsError, OSError):  # another process packed the same, and was quicker
+            with contextlib.suppress(OSError):  # another process packed the same, and was quicker
                 temporary.rename(folder)
             if not folder.is_dir():
                 raise ValueError(f"{folder} cannot be made; give another packed_dir")
