@@ -3,7 +3,7 @@
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,19 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def _nothing_left_in_the_environment() -> Iterator[None]:
+    """Lightning leaves LOCAL_RANK behind where it started a rank, and what a later test starts waits for others."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(_nothing_left_in_the_environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that needs another machine is a mistake: it fails on somebody's train ride."""
     real: Callable[..., Any] = socket.socket.connect
 

@@ -6,16 +6,22 @@ listing.  A rank that then begins anew, or leaves, beside others that go on woul
 
 import os
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning.pytorch as pl
 
 from mmssl.training.together import hear_all, raise_first
 
+WAIT_SECONDS = 60.0  # before a rank says that it waits for others
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
 
 def is_alone() -> bool:
     """Whether no other rank was started beside this process; one that starts ranks itself has not done it yet."""
-    return not os.environ.keys() & {"RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"}
+    return not os.environ.keys() & set(_RANK_VARIABLES)
 
 
 def say_finished(folder: Path, step: int) -> None:
@@ -38,7 +44,8 @@ def agree_first(trainer: pl.Trainer, folder: Path, checkpoint: str | None, finis
     set_up = trainer.strategy.setup_environment
 
     def setup_environment() -> None:
-        set_up()
+        with _telling_of_a_wait(trainer):
+            set_up()
         every: list[tuple[str, str | None, bool]] = hear_all((socket.gethostname(), checkpoint, finished))
         if every[0][2]:
             if trainer.is_global_zero:
@@ -56,3 +63,26 @@ def agree_first(trainer: pl.Trainer, folder: Path, checkpoint: str | None, finis
             )
 
     trainer.strategy.setup_environment = setup_environment  # type: ignore[method-assign]
+
+
+@contextmanager
+def _telling_of_a_wait(trainer: pl.Trainer) -> Iterator[None]:
+    """Say who is waited for when the ranks take long to meet: by default they may take half an hour, in silence."""
+
+    def tell() -> None:
+        told = [f"{n}={os.environ[n]}" for n in (*_RANK_VARIABLES, "MASTER_ADDR", "MASTER_PORT") if n in os.environ]
+        print(
+            f"mmssl: rank {trainer.global_rank} on {socket.gethostname()} has waited {WAIT_SECONDS:.0f} s for the "
+            f"other ranks of {trainer.world_size} to meet it; is each of them started, and does each reach the others? "
+            f"({', '.join(told)})",
+            flush=True,
+        )
+
+    timer = threading.Timer(WAIT_SECONDS, tell)
+    timer.daemon = True
+    if trainer.world_size > 1:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

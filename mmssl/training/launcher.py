@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
@@ -50,6 +51,7 @@ class Launcher(_SubprocessScriptLauncher):
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         if self.cluster_environment.creates_processes_externally:
+            self._check_meeting_place()
             if os.environ.get(_MARK) == str(os.getppid()):
                 threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
             return super().launch(function, *args, trainer=trainer, **kwargs)
@@ -70,6 +72,17 @@ class Launcher(_SubprocessScriptLauncher):
             raise
         self._over, self._patience = True, _LEAVING_SECONDS
         return result
+
+    def _check_meeting_place(self) -> None:
+        """Ranks that others start meet where those say; Lightning would wait half an hour at a port of its own."""
+        ranks = self.num_processes * self.num_nodes
+        by_hand = isinstance(self.cluster_environment, LightningEnvironment)
+        if by_hand and ranks > 1 and not os.environ.get("MASTER_PORT"):
+            raise ValueError(
+                f"LOCAL_RANK={os.environ['LOCAL_RANK']} is set in the environment, so something else is to start the "
+                f"{ranks} ranks, but MASTER_PORT, where they meet, is not; unset LOCAL_RANK (and NODE_RANK) to have "
+                "mmssl start them, or start them with torchrun or srun"
+            )
 
     def _watch(self) -> None:
         """End all ranks if one of the others fails.  A thread: this one may be waiting for just that rank."""

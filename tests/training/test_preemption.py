@@ -235,7 +235,8 @@ def test_a_second_ctrl_c_tells_what_is_saved(toy_folder: Path, monkeypatch, caps
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(toy.ToyModule, "validation_step", step_with_signals)
-    assert main(["fit", "--config", "toy.yaml", "--run", "runs/a", "--checkpoint.every_n_steps=5"]) == 130
+    at_once = ["--checkpoint.every_n_steps=5", "--checkpoint.asynchronous=false"]
+    assert main(["fit", "--config", "toy.yaml", "--run", "runs/a", *at_once]) == 130
     said = capsys.readouterr().err
     assert "mmssl: interrupted after step 10; saved is step 10; to go on: mmssl fit --run runs/a --resume" in said
     assert "nothing saved" not in said

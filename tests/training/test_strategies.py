@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -38,17 +37,6 @@ def base(tmp_path: Path, tokenizer_path: str, pair_shards: str) -> dict[str, Any
         "batch": 16,
         "folder": str(tmp_path / "run"),
     }
-
-
-@pytest.fixture
-def no_ranks_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process group that a test made in this process goes with it."""
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def on_two_ranks(folder: Path, cases: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +178,6 @@ def exactly(left: Any, right: Any, where: str) -> None:
 KEPT = ("state_dict", "optimizer_states", "lr_schedulers", "DataModule", "rng")
 
 
-@pytest.mark.usefixtures("no_ranks_left")
 def test_ten_steps_and_ten_more_are_twenty(base: dict[str, Any], tmp_path: Path) -> None:
     """Paths are dropped at random, on each rank others: its generators' state is part of what goes on."""
     model = {
@@ -279,7 +266,6 @@ class Forgets(mmssl.MAE):
         pass
 
 
-@pytest.mark.usefixtures("no_ranks_left")
 @pytest.mark.parametrize(
     ("module", "message"),
     [(Extra, r"the parameters scale of Extra are not sharded"), (Forgets, r"and \d+ more of Forgets are not sharded")],
@@ -293,7 +279,6 @@ def test_parameters_that_nobody_synchronises_are_refused(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.usefixtures("no_ranks_left")
 def test_one_module_through_several_trainers(pair_shards: str, tmp_path: Path) -> None:
     """Sharding happens once; evaluation before training is not in inference mode, whose tensors cannot be trained."""
     module = plain_mae()
@@ -307,7 +292,6 @@ def test_one_module_through_several_trainers(pair_shards: str, tmp_path: Path) -
     assert len(changed) > 10
 
 
-@pytest.mark.usefixtures("no_ranks_left")
 def test_lightnings_own_default_mesh_is_refused(pair_shards: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Lightning's ModelParallelStrategy; .*configs/strategy/fsdp.yaml"):
         one_step(plain_mae(), pair_shards, tmp_path, ModelParallelStrategy())
@@ -329,7 +313,6 @@ def test_strategies_that_train_something_else_are_refused(strategy: Any, unused:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.usefixtures("no_ranks_left")
 def test_what_fsdp_cannot_do_is_one_line(pair_shards: str, tmp_path: Path) -> None:
     for options, message in (
         ({"checkpoint": "half"}, "checkpoint of mmssl.FSDP is 'half'; choose sharded or full"),
