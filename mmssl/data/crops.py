@@ -49,7 +49,7 @@ class View(NamedTuple):
         part = torch.from_numpy(np.ascontiguousarray(pixels[top:bottom, left:right])[None]).permute(0, 3, 1, 2)
         part = (part if part.shape[2:] == self.size else _resize(part, self.size))[0]
         if self.size != (self.side, self.side):
-            top, left = (part.shape[1] - self.side) // 2, (part.shape[2] - self.side) // 2
+            top, left = middle(part.shape[1], self.side), middle(part.shape[2], self.side)
             part = part[:, top : top + self.side, left : left + self.side]
         return part.flip(-1) if self.flip else part
 
@@ -63,6 +63,11 @@ def _resize(picture: UInt8[Tensor, "1 3 H W"], size: tuple[int, int]) -> UInt8[T
     resized = torch.empty((1, *size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     torch.ops.aten._upsample_bicubic2d_aa.out(picture, size, False, None, None, out=resized)
     return resized
+
+
+def middle(length: int, side: int) -> int:
+    """Where the central ``side`` pixels of ``length`` begin, as torchvision's ``CenterCrop`` has it."""
+    return round((length - side) / 2)
 
 
 @runtime_checkable
@@ -132,8 +137,9 @@ class RandomResizedCrop:
 class ResizeCenterCrop:
     """Resize the short side (bicubic) to ``img_size`` pixels, cut the central square: for evaluation, draws nothing.
 
-    Of a picture more than eight times as long as wide only the central part is resized: the rest would be cut anyway,
-    and resizing a line of a million pixels would take all memory.
+    Sizes are rounded as torchvision's ``Resize`` and ``CenterCrop`` round them: timm's evaluation transforms and the image
+    processors of transformers give the same picture.  Of a picture more than eight times as long as wide only the
+    central part is resized: the rest would be cut anyway, and resizing a line of a million pixels would take all memory.
 
     Raises:
         ValueError: in the constructor, for a size below 1.
@@ -147,5 +153,5 @@ class ResizeCenterCrop:
     def view(self, height: int, width: int, draws: Draws) -> View:
         side, short = self.img_size, min(height, width)
         h, w = min(height, 8 * short), min(width, 8 * short)
-        size = (max(side, round(h * side / short)), max(side, round(w * side / short)))
+        size = (int(side * h / short), int(side * w / short))
         return View((height, width), ((height - h) // 2, (width - w) // 2, h, w), size, side)

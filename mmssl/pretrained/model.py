@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from mmssl.backbone import Backbone
-from mmssl.data.crops import ResizeCenterCrop
+from mmssl.data.crops import ResizeCenterCrop, middle
 from mmssl.data.images import load_image, rgb_pixels
 from mmssl.data.tokenizer import TextTokenizer
 from mmssl.draws import Draws
@@ -148,7 +148,7 @@ class Pretrained(nn.Module):
         top, left, height, width = view.box
         part = images[:, :, top : top + height, left : left + width].float()  # devices resize no uint8
         part = F.interpolate(part, view.size, mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
-        top, left = (part.shape[2] - self.img_size) // 2, (part.shape[3] - self.img_size) // 2
+        top, left = middle(part.shape[2], self.img_size), middle(part.shape[3], self.img_size)
         return part[:, :, top : top + self.img_size, left : left + self.img_size].to(self.mean.device)
 
     def text(self, texts: str | Sequence[str]) -> Text:

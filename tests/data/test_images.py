@@ -218,14 +218,17 @@ def test_a_crop_that_covers_the_picture_changes_nothing() -> None:
     assert torch.equal(cropped(image, ResizeCenterCrop(24), Draws(0)), image)
 
 
-@pytest.mark.parametrize("size", [(80, 60), (60, 80), (31, 500), (32, 32), (7, 9)])
+@pytest.mark.parametrize("size", [(80, 60), (60, 80), (79, 47), (47, 79), (101, 33), (32, 32), (7, 9), (500, 31)])
 def test_center_crop_equals_torchvisions(size: tuple[int, int]) -> None:
     image = decode_image(encode(picture(size=size), "PNG"))
     got = cropped(image, ResizeCenterCrop(32), Draws(0))
     resized = v2.functional.resize(image.contiguous(), [32], v2.InterpolationMode.BICUBIC, antialias=True)
     assert got.shape == (3, 32, 32)
     expected = v2.functional.center_crop(resized, [32, 32])
-    assert (got.int() - expected.int()).abs().float().mean() < 12  # half a pixel of rounding
+    if size == (500, 31):  # of which only the middle is resized: a fraction of a pixel beside
+        assert (got.int() - expected.int()).abs().float().mean() < 12
+    else:
+        assert (got.int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(
