@@ -137,9 +137,9 @@ class RandomResizedCrop:
 class ResizeCenterCrop:
     """Resize the short side (bicubic) to ``img_size`` pixels, cut the central square: for evaluation, draws nothing.
 
-    Sizes are rounded as torchvision's ``Resize`` and ``CenterCrop`` round them: timm's evaluation transforms and the image
-    processors of transformers give the same picture.  Of a picture more than eight times as long as wide only the
-    central part is resized: the rest would be cut anyway, and resizing a line of a million pixels would take all memory.
+    Sizes are rounded as torchvision's ``Resize`` and ``CenterCrop`` round them: timm's evaluation transforms and the
+    image processors of transformers give the same picture.  Of a picture more than eight times as long as wide only the
+    central part is resized: the rest would be cut anyway, and resizing a line of a million pixels takes all memory.
 
     Raises:
         ValueError: in the constructor, for a size below 1.
