@@ -37,11 +37,12 @@ def _nothing_left_in_the_environment() -> Iterator[None]:
     """Lightning leaves LOCAL_RANK behind where it started a rank, and what a later test starts waits for others."""
     before = dict(os.environ)
     yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        pytest.fail("the test left a process group behind; decorate it with forks.in_a_fork")
 
 
 @pytest.fixture(autouse=True)

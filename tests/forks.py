@@ -1,11 +1,13 @@
 """Ranks as forks of the test's own process: they start in a moment, where two new interpreters take seconds."""
 
+import functools
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,6 +61,19 @@ def ends(children: list[int], seconds: float = 60) -> list[int]:
             raise AssertionError(f"a rank hung: only {codes} of {children} ended within {seconds} s")
         time.sleep(0.005)
     return [codes[child] for child in children]
+
+
+def in_a_fork(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that makes a process group runs in a child.
+
+    A backward pass through FSDP2 starts autograd's threads, and no later fork of the process could train.
+    """
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        assert ends([fork(lambda: test(**fixtures))], 120) == [0], "see what the child has said"
+
+    return run
 
 
 def together(world: int, meet: Path, function: Callable[[int], object]) -> None:

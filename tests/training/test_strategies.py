@@ -14,6 +14,7 @@ import parallel_run
 import pytest
 import torch
 from finetune.labelled import write_labelled
+from forks import in_a_fork
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from pairs import TINY
@@ -270,6 +271,7 @@ class Forgets(mmssl.MAE):
     ("module", "message"),
     [(Extra, r"the parameters scale of Extra are not sharded"), (Forgets, r"and \d+ more of Forgets are not sharded")],
 )
+@in_a_fork
 def test_parameters_that_nobody_synchronises_are_refused(
     module: type[mmssl.MAE], message: str, pair_shards: str, tmp_path: Path
 ) -> None:
@@ -279,6 +281,7 @@ def test_parameters_that_nobody_synchronises_are_refused(
     assert "\n" not in str(caught.value)
 
 
+@in_a_fork
 def test_one_module_through_several_trainers(pair_shards: str, tmp_path: Path) -> None:
     """Sharding happens once; evaluation before training is not in inference mode, whose tensors cannot be trained."""
     module = plain_mae()
@@ -292,6 +295,7 @@ def test_one_module_through_several_trainers(pair_shards: str, tmp_path: Path) -
     assert len(changed) > 10
 
 
+@in_a_fork
 def test_lightnings_own_default_mesh_is_refused(pair_shards: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Lightning's ModelParallelStrategy; .*configs/strategy/fsdp.yaml"):
         one_step(plain_mae(), pair_shards, tmp_path, ModelParallelStrategy())
@@ -313,6 +317,7 @@ def test_strategies_that_train_something_else_are_refused(strategy: Any, unused:
     assert "\n" not in str(caught.value)
 
 
+@in_a_fork
 def test_what_fsdp_cannot_do_is_one_line(pair_shards: str, tmp_path: Path) -> None:
     for options, message in (
         ({"checkpoint": "half"}, "checkpoint of mmssl.FSDP is 'half'; choose sharded or full"),
