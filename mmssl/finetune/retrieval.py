@@ -171,11 +171,13 @@ class DualEncoder(Pictured):
 def places_of_partners(query: Float[Tensor, "G K"], among: Float[Tensor, "G K"]) -> Float[Tensor, " G"]:
     """At which place, from 0, query i finds its partner i by dot product.
 
-    Those that are as near as the partner count half, so that encoders which give all the same vector find nothing.
+    Those that are as near as the partner count half, so that encoders which give all the same vector find nothing; a
+    partner whose distance is NaN comes last.
     """
     places = []
     for first in range(0, len(query), 1024):  # not all of G x G at once
         near = query[first : first + 1024] @ among.T
         own = near.gather(1, torch.arange(first, first + len(near)).unsqueeze(1))
-        places.append((near > own).sum(1) + ((near == own).sum(1) - 1) / 2)
+        place = (near > own).sum(1) + ((near == own).sum(1) - 1) / 2
+        places.append(place.masked_fill(own.isnan().squeeze(1), len(among)))
     return torch.cat(places)

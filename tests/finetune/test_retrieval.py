@@ -1,5 +1,6 @@
 """The dual encoder: CLIP's loss, recall by hand, and pairs that are learnt."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def test_places_by_hand() -> None:
     assert places_of_partners(query, among).tolist() == [0.5, 1.5, 0.0]
     same = torch.ones(11, 4)
     assert places_of_partners(same, same).tolist() == [5.0] * 11  # nothing is found where all are the same
+    assert places_of_partners(torch.full((3, 2), math.nan), among).tolist() == [3.0] * 3
     torch.manual_seed(0)
     query, among = torch.randn(2, 2100, 8)
     expected = (query @ among.T).argsort(1, descending=True).eq(torch.arange(2100)[:, None]).int().argmax(1)
