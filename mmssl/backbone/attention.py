@@ -4,6 +4,8 @@ timm's attention layers (``Attention``, ``AttentionRope``, ``EvaAttention``) han
 ``torch.nn.functional.scaled_dot_product_attention``.  A :class:`Packing` travels there in its place and answers
 that call itself, through torch's override protocol (``__torch_function__``, also understood by torch.compile).
 So one mechanism serves every layer, and the layers, their parameters and names remain timm's own.
+
+Exported graphs cannot look at lengths while they run: for them :class:`Padded` travels there.
 """
 
 import itertools
@@ -92,8 +94,42 @@ class _Permute(torch.autograd.Function):
         return grads[0].index_select(1, inverse), None, None
 
 
+class Layout:
+    """Where the tokens of a batch lie, and which attend to which; travels through timm's layers as ``attn_mask``."""
+
+    images: int  # number of samples with image tokens on one axis; 0 for text alone
+    image_tokens: int  # per image
+    text_tokens: int | torch.SymInt  # of the whole axis; symbolic while a graph is made
+    order: Any  # index that brings [all image tokens, then all text tokens] to where they lie
+
+    def to_packed(self, rows: Float[Tensor, "B R D"]) -> Float[Tensor, "B R D"]:
+        """From the source order (image tokens, then text tokens) to where they lie."""
+        raise NotImplementedError
+
+    def to_source(self, x: Float[Tensor, "B R D"]) -> Float[Tensor, "B R D"]:
+        """From where they lie back to the source order."""
+        raise NotImplementedError
+
+    def attend(
+        self, q: Float[Tensor, "B h R d"], k: Float[Tensor, "B h R d"], v: Float[Tensor, "B h R d"]
+    ) -> Float[Tensor, "B h R d"]:
+        """softmax(q k^T / sqrt(d)) v within each sample."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return NotImplemented
+        q, k, v = args
+        options = dict(kwargs or {})
+        layout: Layout = options.pop("attn_mask")
+        if options.get("dropout_p") or options.get("is_causal"):
+            raise ValueError("packed attention has neither dropout nor a causal form; set attn_drop_rate to 0")
+        return layout.attend(q, k, v)
+
+
 @dataclass(eq=False)
-class Packing:
+class Packing(Layout):
     """How the tokens of several samples lie on one axis, and attention over it.
 
     The segment of sample s is [its ``image_tokens`` image tokens, its text tokens].  Two layouts:
@@ -182,17 +218,6 @@ class Packing:
         """From the packed order back to the source order."""
         return x if self.order is None else _Permute.apply(x, self.inverse, self.order)
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return NotImplemented
-        q, k, v = args
-        options = dict(kwargs or {})
-        packing: Packing = options.pop("attn_mask")
-        if options.get("dropout_p") or options.get("is_causal"):
-            raise ValueError("packed attention has neither dropout nor a causal form; set attn_drop_rate to 0")
-        return packing.attend(q, k, v)
-
     def attend(
         self, q: Float[Tensor, "1 h R d"], k: Float[Tensor, "1 h R d"], v: Float[Tensor, "1 h R d"]
     ) -> Float[Tensor, "1 h R d"]:
@@ -212,6 +237,34 @@ class Packing:
             out = _attend_dense(dense[0], dense[1], dense[2], group.real).flatten(1, 2)
             parts.append(out if group.spread is None else _Collect.apply(out, group))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[None]
+
+
+@dataclass(eq=False)
+class Padded(Layout):
+    """A sample a row: its image tokens, its text tokens, padding.  What is computed depends on shapes alone.
+
+    ``real`` marks the tokens that are no padding.  For exported graphs; training packs, for padding costs time.
+    """
+
+    image_tokens: int
+    text_tokens: int | torch.SymInt  # symbolic while a graph is made
+    real: Bool[Tensor, "B R"]
+    order = slice(None)
+
+    @property
+    def images(self) -> int:  # type: ignore[override]  # of each row
+        return 1 if self.image_tokens else 0
+
+    def to_packed(self, rows: Float[Tensor, "B R D"]) -> Float[Tensor, "B R D"]:
+        return rows
+
+    def to_source(self, x: Float[Tensor, "B R D"]) -> Float[Tensor, "B R D"]:
+        return x
+
+    def attend(
+        self, q: Float[Tensor, "B h R d"], k: Float[Tensor, "B h R d"], v: Float[Tensor, "B h R d"]
+    ) -> Float[Tensor, "B h R d"]:
+        return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=self.real[:, None, None])
 
 
 def _alike(lengths: list[int]) -> list[list[int]]:

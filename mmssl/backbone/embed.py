@@ -4,7 +4,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmssl.types import Text, positions_in_segment
@@ -47,6 +47,11 @@ class TextEmbedding(nn.Module):
                 )
         position = positions_in_segment(cu, rows).clamp(max=self.max_tokens - 1)
         x = self.token_embedding(text.input_ids) + self.position[position] + self.modality
+        return cast(Tensor, self.norm(x))
+
+    def padded(self, input_ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        """Embed texts padded to one length, at most ``max_tokens``; padding stands at their end."""
+        x = self.token_embedding(input_ids) + self.position[: input_ids.shape[1]] + self.modality
         return cast(Tensor, self.norm(x))
 
 

@@ -16,7 +16,7 @@ from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
-from mmssl.backbone.attention import Packing
+from mmssl.backbone.attention import Layout, Packing
 
 
 class TextExpert(nn.Module):
@@ -44,10 +44,10 @@ class _SharedBlock(nn.Module):
         self,
         x: Float[Tensor, "B N D"],
         rope: Tensor | None = None,
-        attn_mask: Packing | None = None,
+        attn_mask: Layout | None = None,
         is_causal: bool = False,
     ) -> Float[Tensor, "B N D"]:
-        """``attn_mask``: None for dense images, a Packing for a packed axis [1, R, D]."""
+        """``attn_mask``: None for dense images, a Packing for a packed axis [1, R, D], a Padded for padded rows."""
         rotary = {} if rope is None else {"rope": rope}
         attend = partial(self.attn, attn_mask=attn_mask, is_causal=is_causal, **rotary)
         x = x + self._branch(1, self._normed(self.norm1, attend, x), attn_mask)
@@ -56,7 +56,7 @@ class _SharedBlock(nn.Module):
     def _normed(self, norm: nn.Module, layer: Any, x: Tensor) -> Tensor:
         return norm(layer(x)) if self.post_norm else layer(norm(x))
 
-    def _feed(self, x: Tensor, packing: Packing | None) -> Tensor:
+    def _feed(self, x: Tensor, packing: Layout | None) -> Tensor:
         if self.text_expert is None or packing is None:
             return self._normed(self.norm2, self.mlp, x)
         text_expert = partial(self._normed, self.text_expert.norm2, self.text_expert.mlp)
@@ -65,13 +65,13 @@ class _SharedBlock(nn.Module):
         image, text = packing.to_source(x).split([packing.images * packing.image_tokens, packing.text_tokens], 1)
         return packing.to_packed(torch.cat([self._normed(self.norm2, self.mlp, image), text_expert(text)], 1))
 
-    def _branch(self, index: int, y: Tensor, packing: Packing | None) -> Tensor:
+    def _branch(self, index: int, y: Tensor, packing: Layout | None) -> Tensor:
         """Layer scale (a module in timm's Block, a parameter in EvaBlock, absent otherwise), then stochastic depth."""
         scale, gamma = getattr(self, f"ls{index}", None), getattr(self, f"gamma_{index}", None)
         y = y if scale is None else scale(y)
         y = y if gamma is None else gamma * y
         drop = getattr(self, f"drop_path{index}")
-        if packing is None or not isinstance(drop, DropPath) or not (self.training and drop.drop_prob):
+        if not isinstance(packing, Packing) or not isinstance(drop, DropPath) or not (self.training and drop.drop_prob):
             return drop(y)
         # timm draws one number per row of the batch axis, which here is a single row: draw one per segment.
         keep = 1 - drop.drop_prob

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmssl.backbone import timm_models
-from mmssl.backbone.attention import Packing, has_varlen
+from mmssl.backbone.attention import Layout, Packing, Padded, has_varlen
 from mmssl.backbone.embed import TextEmbedding, sincos_2d
 from mmssl.backbone.experts import share
 from mmssl.types import Text
@@ -148,6 +148,32 @@ class Backbone(nn.Module):
         assert both is not None
         return Encoded(both[:, :prefix], both[:, prefix:], words)
 
+    def forward_padded(
+        self,
+        pixels: Float[Tensor, "B C H W"] | None,
+        input_ids: Int[Tensor, "B L"],
+        real: Bool[Tensor, "B L"],
+    ) -> Float[Tensor, "B K D"]:
+        """Encode texts padded to one length, or pairs, without looking at a length: what a graph can hold.
+
+        Args:
+            real: True for the tokens that are no padding, which stands at the end.
+
+        Returns:
+            After the final norm [prefix, patches, text], K = P + N + L, or the text alone; at padding anything.
+        """
+        if self.text is None:
+            raise ValueError("text came to a backbone without a vocabulary; build it with vocab_size")
+        x, image_tokens, length = self.text.padded(input_ids), 0, input_ids.shape[1]
+        table = None
+        if pixels is not None:
+            image, table = self._embed_image(pixels, None)
+            image_tokens = image.shape[1]
+            x = torch.cat([image, x.to(image.dtype)], 1)
+            real = torch.cat([real.new_ones(image.shape[:2]), real], 1)
+        layout = Padded(image_tokens, length, real)
+        return self._encode(x, layout, self._packed_rope(table, None, layout))
+
     def arguments(self) -> dict[str, Any]:
         """What builds a backbone of this shape again, as plain values: ``Backbone(**arguments)``."""
         sizes = {"img_size": self.img_size, "patch_size": self.patch_size, "max_text_tokens": self.max_text_tokens}
@@ -240,7 +266,7 @@ class Backbone(nn.Module):
             x = torch.cat([prefix, patches.gather(1, visible[..., None].expand(-1, -1, x.shape[-1]))], 1)
         return self.vit.norm_pre(x), table
 
-    def _encode(self, x: Float[Tensor, "B K D"], packing: Packing | None, rope: Rope) -> Float[Tensor, "B K D"]:
+    def _encode(self, x: Float[Tensor, "B K D"], packing: Layout | None, rope: Rope) -> Float[Tensor, "B K D"]:
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.vit.blocks):
             if recompute:
@@ -260,7 +286,7 @@ class Backbone(nn.Module):
         chosen = table if visible is None else table[visible][:, None]  # B, 1, V, d
         return lambda layer: chosen
 
-    def _packed_rope(self, table: Tensor | None, visible: Int[Tensor, "B V"] | None, packing: Packing) -> Rope:
+    def _packed_rope(self, table: Tensor | None, visible: Int[Tensor, "B V"] | None, packing: Layout) -> Rope:
         """Rotary positions of packed pairs: prefix and text tokens are not turned (sine 0, cosine 1).
 
         timm's layers leave the first ``num_prefix_tokens`` rows of their axis alone.  Here these are the prefix of the

@@ -65,8 +65,14 @@ class Pretrained(nn.Module):
         self.img_size, self.embed_dim = backbone.img_size, backbone.embed_dim
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(backbone.pixel_mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(backbone.pixel_std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.empty(len(backbone.pixel_mean), 1, 1), persistent=False)
+        self.register_buffer("std", torch.empty(len(backbone.pixel_std), 1, 1), persistent=False)
+        self.begin_buffers()
+
+    def begin_buffers(self) -> None:
+        """Set what no file of weights holds; again after the module was built on the meta device."""
+        self.mean.copy_(torch.tensor(self.backbone.pixel_mean).view(-1, 1, 1))
+        self.std.copy_(torch.tensor(self.backbone.pixel_std).view(-1, 1, 1))
 
     # ---- from what people have
 
@@ -174,9 +180,14 @@ class Pretrained(nn.Module):
     # ---- on the device
 
     def forward(
-        self, pixels: UInt8[Tensor, "B 3 S S"] | None = None, text: Text | None = None, pool: Pool | None = None
+        self,
+        pixels: UInt8[Tensor, "B 3 S S"] | Float[Tensor, "B 3 S S"] | None = None,
+        text: Text | None = None,
+        pool: Pool | None = None,
     ) -> Encoded:
         """Features of prepared pictures, packed texts, or pairs of them, as :meth:`pixels` and :meth:`text` make them.
+
+        Pixels in floating point are taken to be normalised already.
 
         With pictures, a text segment beyond the last picture is padding and left out.  The text's part of ``tokens`` is
         as wide as ``text.max_seqlen`` (at most ``max_text_tokens``).
@@ -184,12 +195,7 @@ class Pretrained(nn.Module):
         Raises:
             ValueError: nothing given, an unknown ``pool``, or "cls" for a backbone without class token.
         """
-        if pool not in ("cls", "mean", None):
-            raise ValueError(f"pool is {pool!r}; choose 'cls' or 'mean'")
-        normal = None
-        if pixels is not None:
-            normal = ((pixels.float() / 255 - self.mean.float()) / self.std.float()).to(self.mean.dtype)
-        encoded = self.backbone(normal, None, text)
+        encoded = self.backbone(None if pixels is None else self.normal(pixels), None, text)
         tokens, valid = [], []
         if encoded.patches is not None:
             tokens = [encoded.prefix, encoded.patches]
@@ -198,7 +204,7 @@ class Pretrained(nn.Module):
             words, real = self._padded(encoded.text, text, None if pixels is None else len(pixels))
             tokens.append(words)
             valid.append(real)
-        pooled = self._pool(pool, encoded.prefix, tokens, valid)
+        pooled = self.pooled(pool, encoded.prefix, tokens, valid)
         return Encoded(pooled, torch.cat(tokens, 1), torch.cat(valid, 1))
 
     def _padded(
@@ -213,9 +219,18 @@ class Pretrained(nn.Module):
         index = (starts[:, None] + place).clamp(max=rows.shape[0] - 1)
         return rows[index] * valid[..., None], valid
 
-    def _pool(
+    def normal(self, pixels: UInt8[Tensor, "B 3 S S"] | Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:
+        """Pixels as the backbone's patch embedding takes them."""
+        if pixels.is_floating_point():
+            return pixels.to(self.mean.dtype)
+        return ((pixels.float() / 255 - self.mean.float()) / self.std.float()).to(self.mean.dtype)
+
+    def pooled(
         self, pool: Pool | None, prefix: Tensor | None, tokens: list[Tensor], valid: list[Tensor]
     ) -> Float[Tensor, "B D"]:
+        """One vector a sample, of [prefix, patches, text] or a part of them, zero where they are not ``valid``."""
+        if pool not in ("cls", "mean", None):
+            raise ValueError(f"pool is {pool!r}; choose 'cls' or 'mean'")
         if prefix is None:
             first: Tensor | None = tokens[0][:, 0]
         else:
@@ -226,4 +241,4 @@ class Pretrained(nn.Module):
             return first
         start = 0 if prefix is None else 1  # prefix tokens are no content
         content, real = torch.cat(tokens[start:], 1), torch.cat(valid[start:], 1)
-        return cast(Tensor, content.sum(1) / real.sum(1, keepdim=True))  # padding is zero
+        return cast(Tensor, content.sum(1) / real.sum(1, keepdim=True).clamp(min=1))  # padding is zero

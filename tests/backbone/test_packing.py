@@ -74,6 +74,23 @@ def test_a_pair_equals_plain_attention_over_its_tokens(name: str) -> None:
     torch.testing.assert_close(torch.cat([*encoded.prefix, *encoded.patches, encoded.text]), expected)
 
 
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_padded_rows_equal_packed_tokens(name: str, experts: bool) -> None:
+    """What graphs hold, whose shapes alone say what is computed; ids at padding are of no account."""
+    module, batch = backbone(name, experts=experts), text([5, 3, 1])
+    real = torch.arange(7) < batch.cu_seqlens.diff()[:, None]
+    ids = torch.full((3, 7), 49).masked_scatter(real, batch.input_ids)
+    torch.testing.assert_close(
+        module.forward_padded(None, ids, real)[real], module(text=batch).text, rtol=1e-5, atol=1e-5
+    )
+    rows, packed = module.forward_padded(pictures(3), ids, real), module(pictures(3), None, batch)
+    image = torch.cat([packed.prefix, packed.patches], 1)
+    torch.testing.assert_close(rows[:, :-7], image, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rows[:, -7:][real], packed.text, rtol=1e-5, atol=1e-5)
+
+
 def test_no_token_sees_another_sample() -> None:
     module, batch, pixels = backbone(), text([5, 3, 4]), pictures(3).requires_grad_()
     embedded: list[torch.Tensor] = []
