@@ -5,6 +5,7 @@
     config.json         timm's description of a model, and a section "mmssl"
     tokenizer.json      only where there is text
     README.md           the model card
+    image.onnx, text.onnx, pair.onnx    with --onnx, those that the run was trained for
 
 Two files of weights, because timm loads ``model.safetensors`` strictly: a tensor that it does not know is an error.
 """
@@ -25,8 +26,10 @@ from torch import Tensor
 
 from mmssl import __version__
 from mmssl.backbone import Backbone
+from mmssl.pretrained.graphs import Kind
 from mmssl.pretrained.load import build
-from mmssl.pretrained.model import Pretrained
+from mmssl.pretrained.model import Pool, Pretrained
+from mmssl.pretrained.onnx import check_packages, write_onnx
 from mmssl.pretrained.sources import CONFIG_FILE, IMAGE_FILE, TEXT_FILE, TOKENIZER_FILE, Weights, find_source, sha256
 from mmssl.pretrained.whole import FORMAT, CheckpointError, first_line
 
@@ -34,7 +37,14 @@ CARD_FILE = "README.md"
 
 
 def export(
-    run: str, out: str = "", weights: Weights = "online", push: str = "", public: bool = False, dry_run: bool = False
+    run: str,
+    out: str = "",
+    weights: Weights = "online",
+    onnx: bool = False,
+    onnx_pool: Pool | None = None,
+    push: str = "",
+    public: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Write a run's backbone to a folder that timm and mmssl.load_backbone open.
 
@@ -42,6 +52,8 @@ def export(
         run: the run's folder, a checkpoint, or a sharded checkpoint's folder.
         out: the folder to write; must not exist.
         weights: online, or ema where the run kept an average.
+        onnx: write image.onnx, text.onnx and pair.onnx as well, as far as the run was trained for them.
+        onnx_pool: what "pooled" is in these files, cls or mean; by default the class token, or the mean without one.
         push: owner/name of a repository on the Hugging Face hub to upload the folder to; made if it does not exist.
         public: make the repository public, if it is made.
         dry_run: with --push, say what would be uploaded and upload nothing.
@@ -53,25 +65,31 @@ def export(
         raise ValueError("where to is not said; give --out DIR, a folder that does not exist yet")
     if dry_run and not push:
         raise ValueError("--dry_run is about --push; give --push owner/name as well")
+    if onnx_pool and not onnx:
+        raise ValueError("--onnx_pool is about --onnx; give --onnx as well")
     if push:
         _check_repository(push)
     target = Path(out)
-    write_export(run, target, weights)
+    write_export(run, target, weights, onnx, onnx_pool)
     print(f"{target}: {', '.join(path.name for path in sorted(target.iterdir()))}")
     print(f'  timm.create_model("local-dir:{target}", pretrained=True)\n  mmssl.load_backbone("{target}")')
     if push:
         upload(target, push, public, dry_run)
 
 
-def write_export(run: str | Path, target: Path, weights: Weights = "online") -> None:
+def write_export(
+    run: str | Path, target: Path, weights: Weights = "online", onnx: bool = False, onnx_pool: Pool | None = None
+) -> None:
     """Write the folder ``target``, whole or not at all.
 
     Raises:
-        ValueError: ``target`` exists, or ``run`` cannot be loaded.
+        ValueError: ``target`` exists, ``run`` cannot be loaded, or ONNX files cannot be written or are not equal.
         CheckpointError: a checkpoint is damaged, or ``target`` cannot be written.
     """
     if target.exists() or target.is_symlink():
         raise ValueError(f"{target} exists, and nothing is overwritten; remove it, or give another --out")
+    if onnx:
+        check_packages()
     found = find_source(run, weights)
     model = build(found)
     image, text = _split(model.backbone)
@@ -87,6 +105,8 @@ def write_export(run: str | Path, target: Path, weights: Weights = "online") -> 
             (temporary / TOKENIZER_FILE).write_text(model.tokenizer.to_json(), encoding="utf-8")
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (temporary / CARD_FILE).write_text(_card(model, config, _scores(Path(run))), encoding="utf-8")
+        if onnx:
+            write_onnx(model, temporary, _kinds(model), onnx_pool)
         for path in temporary.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -231,6 +251,13 @@ def _card(model: Pretrained, config: dict[str, Any], scores: dict[str, str]) -> 
 
 def _trained_on(about: dict[str, Any]) -> tuple[str, ...]:
     return ("text",) if str(about.get("objective")).rpartition(".")[2] == "MLM" else ("image", "text")
+
+
+def _kinds(model: Pretrained) -> tuple[Kind, ...]:
+    """What the backbone was trained to encode."""
+    if model.tokenizer is None:
+        return ("image",)
+    return ("image", "text", "pair") if "image" in _trained_on(model.about) else ("text",)
 
 
 def _check_repository(name: str) -> None:
