@@ -7,6 +7,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from mmssl.finetune.augment import Augment, RandAugment, RandomErasing
 from mmssl.finetune.base import FineTuned, Pictured
 from mmssl.finetune.labels import Labels
 from mmssl.finetune.network import ClassifierNetwork, Logits, Mixing, Pool
@@ -75,7 +76,12 @@ class Classifier(FineTuned):
     def prepare(self, train: bool) -> PrepareLabelled:
         predicts = self._trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
         labels = Labels(self.target, self.label_key, required=not predicts)
-        return PrepareLabelled(self.crop(train), self.tokens(), labels, self.network.backbone.num_patches)
+        patches = self.network.backbone.num_patches
+        return PrepareLabelled(self.crop(train), self.tokens(), labels, patches, self.augment(train))
+
+    def augment(self, train: bool) -> tuple[Augment, ...]:
+        """What is done to cropped pictures, in order."""
+        return ()
 
     # ---- the device's half
 
@@ -126,6 +132,9 @@ class ImageClassifier(Pictured, Classifier):
     Args:
         crop_scale, flip: the augmentation, a random resized crop and mirroring; see
             :class:`mmssl.data.crops.RandomResizedCrop`.
+        rand_augment: magnitude, up to 10, of two random changes of colour or place; see
+            :class:`mmssl.finetune.augment.RandAugment`.  0 is off.
+        random_erasing: probability that a rectangle of a picture becomes noise; 0 is off.
         mixup, cutmix: alpha of each; 0 is off, and where both are on every batch takes one of them.
         kwargs: see :class:`Classifier`.
     """
@@ -138,13 +147,25 @@ class ImageClassifier(Pictured, Classifier):
         flip: bool = True,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        rand_augment: float = 0.0,
+        random_erasing: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(tokenizer=None, max_tokens=None, **kwargs)
         self.set_crops(crop_scale, flip)
+        backbone = self.network.backbone
+        red, green, blue = (round(255 * mean) for mean in backbone.pixel_mean)
+        changes = (
+            (rand_augment, RandAugment(rand_augment, (red, green, blue))),
+            (random_erasing, RandomErasing(random_erasing, backbone.pixel_mean, backbone.pixel_std)),
+        )
+        self._augment = tuple(change for strength, change in changes if strength)
         if (mixup or cutmix) and self.target.kind != "class":
             raise ValueError(f"mixup {mixup} and cutmix {cutmix} mix classes, but target is {self.target.kind}; take 0")
         self.mixing = Mixing(mixup, cutmix, self.num_classes)
+
+    def augment(self, train: bool) -> tuple[Augment, ...]:
+        return self._augment if train else ()
 
     def forward(self, batch: Batch) -> Logits:
         if not self.training or not self.mixing:

@@ -18,6 +18,7 @@ from mmssl.data.members import sample_image, sample_text
 from mmssl.data.shards import ShardSet
 from mmssl.data.tokenizer import TextTokenizer
 from mmssl.draws import Draws
+from mmssl.finetune.augment import Augment
 from mmssl.finetune.labels import Labels
 from mmssl.types import BadSample, Batch, Image, Sample, Text, ceil_to
 
@@ -65,19 +66,21 @@ class Tokens:
 
 @dataclass(frozen=True)
 class PrepareLabelled:
-    """Decode, crop, tokenize, read the label.
+    """Decode, crop, augment, tokenize, read the label.
 
     Args:
         crop: None for texts alone.
         tokens: None for pictures alone.
         labels: how the label is read.
         patches: of a picture, all of which are visible.
+        augment: what is done to a cropped picture, in order.
     """
 
     crop: Crop | None
     tokens: Tokens | None
     labels: Labels
     patches: int
+    augment: tuple[Augment, ...] = ()
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -90,8 +93,14 @@ class PrepareLabelled:
 
     def sample(self, sample: Sample, draws: Draws, index: int) -> Example:
         label = self.labels.of(sample)
-        pixels = None if self.crop is None else load_image(sample_image(sample), self.crop, draws)
+        pixels = None if self.crop is None else self._picture(sample, self.crop, draws)
         return Example(label, pixels, None if self.tokens is None else self.tokens.sample(sample))
+
+    def _picture(self, sample: Sample, crop: Crop, draws: Draws) -> UInt8[Tensor, "C H W"]:
+        pixels = load_image(sample_image(sample), crop, draws)
+        for change in self.augment:
+            pixels = change(pixels, draws)
+        return pixels
 
     def collate(self, examples: list[Example], valid: list[bool] | None = None) -> Batch:
         pixels = [e.pixels for e in examples if e.pixels is not None]
