@@ -3,7 +3,7 @@
     model.safetensors   the image side under plain timm's names
     text.safetensors    what text adds, by the names of mmssl.Backbone (embeddings, experts); only where there is text
     config.json         timm's description of a model, and a section "mmssl"
-    tokenizer.json      only where there is text
+    tokenizer.json      only where there is text, as its tokenizer_config.json and modeling_mmssl.py for transformers
     README.md           the model card
     image.onnx, text.onnx, pair.onnx    with --onnx, those that the run was trained for
 
@@ -25,12 +25,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmssl import __version__
-from mmssl.backbone import Backbone
 from mmssl.pretrained.graphs import Kind
 from mmssl.pretrained.load import build
 from mmssl.pretrained.model import Pool, Pretrained
 from mmssl.pretrained.onnx import check_packages, write_onnx
-from mmssl.pretrained.sources import CONFIG_FILE, IMAGE_FILE, TEXT_FILE, TOKENIZER_FILE, Weights, find_source, sha256
+from mmssl.pretrained.sources import (
+    CONFIG_FILE,
+    IMAGE_FILE,
+    TEXT_FILE,
+    TOKENIZER_FILE,
+    Weights,
+    find_source,
+    sha256,
+    two_sides,
+)
+from mmssl.pretrained.transformers_files import AUTO_MAP, CODE, CODE_FILE, TOKENIZER_CONFIG_FILE, tokenizer_config
 from mmssl.pretrained.whole import FORMAT, CheckpointError, first_line
 
 CARD_FILE = "README.md"
@@ -92,7 +101,8 @@ def write_export(
         check_packages()
     found = find_source(run, weights)
     model = build(found)
-    image, text = _split(model.backbone)
+    model.tokenizer = model.tokenizer and model.tokenizer.wrapping()
+    image, text = two_sides(model.backbone.state_dict())
     config = _config(model, found.backbone, found.options)
     _check_timm(config, image)
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -103,6 +113,9 @@ def write_export(
         if model.tokenizer is not None:
             save_file(text, temporary / TEXT_FILE, {"format": "pt"})
             (temporary / TOKENIZER_FILE).write_text(model.tokenizer.to_json(), encoding="utf-8")
+            about_tokens = tokenizer_config(model.tokenizer, model.backbone.max_text_tokens)
+            (temporary / TOKENIZER_CONFIG_FILE).write_text(json.dumps(about_tokens, indent=2) + "\n", encoding="utf-8")
+            (temporary / CODE_FILE).write_text(CODE, encoding="utf-8")
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (temporary / CARD_FILE).write_text(_card(model, config, _scores(Path(run))), encoding="utf-8")
         if onnx:
@@ -121,16 +134,6 @@ def write_export(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _split(backbone: Backbone) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(the image side by timm's names, what text adds by the backbone's names)."""
-    image = {name: value.contiguous() for name, value in backbone.timm_state_dict().items()}
-    rest = backbone.state_dict()
-    text = {
-        n: v.contiguous() for n, v in rest.items() if not n.startswith("vit.") or n.removeprefix("vit.") not in image
-    }
-    return image, text
-
-
 def _config(model: Pretrained, name: str, options: dict[str, Any]) -> dict[str, Any]:
     """config.json: timm's keys, and what ``load_backbone`` needs beside them."""
     backbone, size = model.backbone, model.img_size
@@ -145,6 +148,9 @@ def _config(model: Pretrained, name: str, options: dict[str, Any]) -> dict[str, 
     known = inspect.signature(type(backbone.vit)).parameters
     arguments |= {key: False for key in ("fc_norm", "use_fc_norm") if key in known}
     about = {key: value for key, value in model.about.items() if key != "weights"}
+    text = None
+    if model.tokenizer is not None:
+        text = {"vocab_size": model.tokenizer.vocab_size, "max_text_tokens": backbone.max_text_tokens}
     return {
         "architecture": name.partition(".")[0],
         "num_classes": 0,
@@ -166,6 +172,7 @@ def _config(model: Pretrained, name: str, options: dict[str, Any]) -> dict[str, 
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
+        **({"auto_map": AUTO_MAP} if model.tokenizer else {}),
         "mmssl": {
             "format": FORMAT,
             "version": __version__,
@@ -175,6 +182,7 @@ def _config(model: Pretrained, name: str, options: dict[str, Any]) -> dict[str, 
                 "img_size": size,
                 "patch_size": backbone.patch_size,
             },
+            "text": text,
             "weights": model.about["weights"],
             "has_text": model.tokenizer is not None,
             "tokenizer_sha256": None if model.tokenizer is None else sha256(model.tokenizer),
@@ -223,18 +231,27 @@ def _card(model: Pretrained, config: dict[str, Any], scores: dict[str, str]) -> 
         **{f"data: {name}": f"fingerprint {value}" for name, value in (about.get("data") or {}).items()},
         "mmssl": __version__,
     }
-    lines = ["---", "library_name: timm", "tags: [mmssl, masked-pretraining, feature-extraction]", "---", ""]
+    seen = _trained_on(about)
+    front = {
+        "library_name": "transformers" if text else "timm",
+        "pipeline_tag": "image-feature-extraction" if "image" in seen else "feature-extraction",
+        "tags": ["mmssl", "timm", "transformers", "masked-pretraining", *(["custom_code"] if text else [])],
+    }
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", ""]
     lines += ["# Backbone pretrained with mmssl", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     lines += ["", "Pixels in [0, 1] are normalised with the mean and std in config.json; there is no head.", ""]
     if not text:
         lines += ["It was pretrained on pictures alone.", ""]
-    elif "image" not in _trained_on(about):
+    elif "image" not in seen:
         lines += ["It was pretrained on text alone: its patch embedding and its picture positions are untrained.", ""]
-    lines += ["```python", "import mmssl, timm", ""]
+    lines += ["```python", "import mmssl, timm, transformers", ""]
     lines += ['model = mmssl.load_backbone("DIR")', "features = model.encode_image(pictures).pooled"]
     lines += ["features = model.encode_text(texts).pooled"] if text else []
-    lines += ['image_side = timm.create_model("local-dir:DIR", pretrained=True)', "```", ""]
+    lines += ['image_side = timm.create_model("local-dir:DIR", pretrained=True)']
+    lines += ['image_side = transformers.AutoModel.from_pretrained("DIR")  # and AutoImageProcessor']
+    whole = 'model = transformers.AutoModel.from_pretrained("DIR", trust_remote_code=True)  # and AutoTokenizer; mmssl'
+    lines += [whole, "```", ""] if text else ["```", ""]
     lines += ["## Scores on the run's validation data", ""]
     lines += [f"- {name}: {value}" for name, value in scores.items()] or ["None was logged."]
     lines += [

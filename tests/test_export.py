@@ -134,13 +134,17 @@ def test_an_image_model_has_no_text_files(image_run: Path, tmp_path: Path):
     write_export(image_run, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"model.safetensors", "config.json", "README.md"}
+    front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
+    assert (front["library_name"], front["pipeline_tag"]) == ("timm", "image-feature-extraction")
     assert mmssl.load_backbone(tmp_path / "out").tokenizer is None
 
 
 def test_the_card_says_where_it_comes_from(exported: Path):
     card = (exported / "README.md").read_text()
     front, recipe = card.split("---")[1], card.split("```yaml")[1].split("```")[0]
-    assert yaml.safe_load(front)["library_name"] == "timm"
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    assert yaml.safe_load(front)["pipeline_tag"] == "image-feature-extraction"
+    assert "custom_code" in yaml.safe_load(front)["tags"]
     assert yaml.safe_load(recipe)["image_mask_ratio"] == 0.75
     for fact in ("mmssl.MMM", "64 samples in 2 shards", "val/loss: ", "online", "12 tokens"):
         assert fact in card
@@ -239,8 +243,32 @@ def test_an_id_of_the_hub_is_fetched(exported: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_without_a_network_the_hub_is_one_line():
-    with pytest.raises(ValueError, match="the hub does not give it") as raised:
+    with pytest.raises(
+        ValueError, match=r"neither a folder someone/backbone here nor a repository .*network"
+    ) as raised:
         mmssl.load_backbone("someone/backbone")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_mistyped_path_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The hub says of a repository that is not there what it says of one that may not be seen."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    class Response:
+        headers: dict[str, str] = {}  # noqa: RUF012
+        request = None
+
+    def refuse(*args: Any, **options: Any) -> None:
+        said = "401 Client Error. (Request ID: x)\n\nRepository Not Found for url: ...\nPlease make sure ..."
+        raise RepositoryNotFoundError(said, response=Response())
+
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(
+        ValueError, match=r"neither a folder runs/mistyped here nor a repository of that name"
+    ) as raised:
+        mmssl.load_backbone("runs/mistyped")
     assert "\n" not in str(raised.value)
 
 
@@ -252,7 +280,7 @@ def test_push(joint_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert main([*command, str(tmp_path / "dry"), "--dry_run"]) == 0
     said = capsys.readouterr().out
     assert calls == []
-    assert "would upload 5 files" in said
+    assert "would upload 7 files" in said
     assert "model.safetensors" in said
     assert main([*command, str(tmp_path / "real")]) == 0
     assert calls == [("someone/backbone", True), ("someone/backbone", tmp_path / "real")]

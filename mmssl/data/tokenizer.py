@@ -104,7 +104,7 @@ class TextTokenizer:
                 "Give the tokenizer.json of a fast tokenizer, not vocab.txt, spiece.model or tokenizer_config.json."
             ) from error
         self.path = path
-        self._json = serialized
+        self._json = self._wrapped_json = serialized
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
             _special(backend, name, path) for name in SPECIALS
         )
@@ -114,6 +114,7 @@ class TextTokenizer:
         backend.no_padding()
         if backend.encode("a").ids[:: len(backend.encode("a").ids) - 1 or 1] != [self.cls_id, self.sep_id]:
             backend.post_processor = _wrapping(backend, self.cls_id, self.sep_id)
+            self._wrapped_json = backend.to_str(pretty=True)
         backend.encode_special_tokens = True
         self._backend = backend
         #: One more than the largest id, so that it is the size of the embedding table even where ids have gaps.
@@ -153,6 +154,10 @@ class TextTokenizer:
     def to_json(self) -> str:
         """The tokenizer.json as it was read: write this beside a run's checkpoints."""
         return self._json
+
+    def wrapping(self) -> "TextTokenizer":
+        """The same, of a file that itself wraps a text in [CLS] ... [SEP], for other readers of the file."""
+        return self if self._wrapped_json == self._json else _from_json(self._wrapped_json, self.path)
 
     def __repr__(self) -> str:
         return f"TextTokenizer({self.path!r}, vocab_size={self.vocab_size})"

@@ -108,7 +108,7 @@ def find_source(source: str | Path, weights: Weights = "online") -> Source:
         raise ValueError(f"weights is {weights!r}; choose one of {', '.join(get_args(Weights))}")
     name, path = str(source), Path(source)
     if name.startswith("hf://") or (not path.exists() and _HUB.fullmatch(name)):
-        return _read_export(_fetched(name.removeprefix("hf://")), weights)
+        return _read_export(fetched(name.removeprefix("hf://")), weights)
     if path.is_file():
         if path.name in (IMAGE_FILE, CONFIG_FILE):
             return _read_export(path.parent, weights)
@@ -130,19 +130,37 @@ def find_source(source: str | Path, weights: Weights = "online") -> Source:
     )
 
 
-def _fetched(repository: str) -> Path:
-    """The folder of a repository on the Hugging Face hub, downloaded unless it is in the cache."""
+def fetched(repository: str, **options: Any) -> Path:
+    """The folder of a repository on the Hugging Face hub, downloaded unless it is in the cache.
+
+    Args:
+        options: of ``huggingface_hub.snapshot_download``, such as ``revision``.
+
+    Raises:
+        ValueError: there is no such repository, or no network.
+    """
     import huggingface_hub  # here, for most sources are on the disk
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     wanted = [CONFIG_FILE, IMAGE_FILE, TEXT_FILE, TOKENIZER_FILE]
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted, **options))
     except (OSError, HFValidationError, HfHubHTTPError.__bases__[0]) as error:  # the base: its HTTP library's own
         raise ValueError(
-            f"there is no {repository} on this machine, and the hub does not give it ({first_line(error)}); check the "
-            "name, the network and your login (hf auth login)"
+            f"found neither a folder {repository} here nor a repository of that name on the Hugging Face hub "
+            f"({first_line(error)}); check the name, and for the hub the network and your login (hf auth login)"
         ) from error
+
+
+def two_sides(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of a backbone's tensors, as an export's two files hold them: (the image side by timm's names, what text adds)."""
+    image, text = {}, {}
+    for name, value in state.items():
+        if name.startswith("vit.") and ".text_expert." not in name:
+            image[name.removeprefix("vit.")] = value.contiguous()
+        else:
+            text[name] = value.contiguous()
+    return image, text
 
 
 def _read_export(folder: Path, weights: Weights) -> Source:
