@@ -169,7 +169,7 @@ def test_a_checkpoint_of_another_model_is_refused(toy_folder: Path, capsys):
         (["--trainer.max_steps", "-1"], "trainer.max_steps must be given"),
         (["--checkpoint.keep", "0"], "checkpoint.keep is 0; it must be at least 1"),
         (["--checkpoint.every_n_steps", "0"], "checkpoint.every_n_steps is 0; it must be at least 1"),
-        (["--trainer.accelerator", "gpux"], "invalid accelerator name"),
+        (["--trainer.accelerator", "gpux"], "trainer.accelerator is 'gpux'; did you mean 'gpu'?"),
     ],
 )
 def test_options_are_strict(toy_folder: Path, capsys, args: list[str], expected: str):

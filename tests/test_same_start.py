@@ -91,7 +91,7 @@ def test_a_rank_that_others_forgot_is_told(
 ) -> None:
     """An earlier run in this process leaves LOCAL_RANK behind; Lightning would wait half an hour for nobody."""
     monkeypatch.setenv("LOCAL_RANK", "0")
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tiny_config(tokenizer_path, pair_shards, steps=1)))
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tiny_config(tokenizer_path, pair_shards, steps=3)))
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     assert main(["fit", "--config", str(tmp_path / "a.yaml"), "--run", str(tmp_path / "run"), *options]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]

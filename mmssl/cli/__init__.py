@@ -58,6 +58,9 @@ COMMANDS = {
 }
 
 
+_TOGETHER = "mmssl.training.together"  # which imports torch: where it is not imported, there are no ranks
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
@@ -83,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = _for_a_person(error, state["building"])
         if line is None:
             raise
-        if not getattr(error, "told_by_rank_0", False):  # what all ranks raised together is said once
+        told = getattr(error, "told_by_rank_0", False)  # what all ranks raised together is said once
+        if not told and not (_TOGETHER in sys.modules and sys.modules[_TOGETHER].rank_0_says(line)):
             print(f"mmssl: error: {line}", file=sys.stderr, flush=True)
         return 2
 

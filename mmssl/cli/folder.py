@@ -1,6 +1,7 @@
 """The run's folder: which one the command line means, whether it may be written to, and its config.yaml."""
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -91,7 +92,9 @@ def begun(folder: Path) -> bool:
     return bool(whole)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> list[Path]:
+    """Make a run's folder, or see that it can be written to; returns what was made, the innermost first."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -99,6 +102,14 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(f"cannot write to the run's folder {folder}: {reason}; give another one with --run") from error
+    return new
+
+
+def remove_empty(made: list[Path]) -> None:
+    """Take back what :func:`make_folder` made, as far as nothing lies in it: a start that was refused left nothing."""
+    for folder in made:
+        with suppress(OSError):  # something lies there
+            folder.rmdir()
 
 
 class ConfigFile(Callback):

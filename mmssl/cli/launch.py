@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mmssl.cli.cluster import fit_to_job, in_step
+from mmssl.cli.devices import check_devices
 from mmssl.cli.dry_run import as_dry_run, check_place
 from mmssl.cli.environment import show
 from mmssl.cli.extras import Started, loggers, plugins, quiet
@@ -29,6 +30,7 @@ from mmssl.cli.folder import (
     make_folder,
     options_of,
     refuse_a_run,
+    remove_empty,
     with_config_of_run,
 )
 from mmssl.cli.keys import Checker, UsageError, one_line, read_yaml
@@ -43,6 +45,8 @@ from mmssl.training.callbacks.throughput import Throughput
 from mmssl.training.changed import Change, Changed
 from mmssl.training.checkpoint import Checkpoints, latest_checkpoint, step_of
 from mmssl.training.launcher import supervise
+from mmssl.training.module import PretrainModule
+from mmssl.training.optim import check_trainer
 from mmssl.training.preemption import Preemption
 from mmssl.training.tokenizer_file import TokenizerFile, tokenizer_of_run
 
@@ -192,7 +196,7 @@ class Launch(LightningCLI):
         if config.dry_run:
             check_place(self.folder)
         elif fit and is_rank_zero() and (self.folder.is_dir() or not config.resume):
-            make_folder(self.folder)
+            self._make_folder()
             self._at_end.enter_context(locked(self.folder))
         if config.resume_or_start:
             config.resume = fit and begun(self.folder)
@@ -216,7 +220,7 @@ class Launch(LightningCLI):
         if fit and self.checkpoint is not None:
             self._changes = changes_since(Path(self.checkpoint).parent.parent, self._resolved)
         if is_rank_zero() and not fit:
-            make_folder(self.folder)
+            self._make_folder()
         if in_step() and is_rank_zero():
             show()  # at the head of the batch log, from the process that trains, in its container
         fit_to_job(config.trainer, set(dict(options_of(self._args))))  # not written down: the next job may be another
@@ -235,6 +239,9 @@ class Launch(LightningCLI):
                 arguments[name] = value
             arguments["backbone_options"] = with_own_options(arguments["backbone_options"], told)
 
+    def _make_folder(self) -> None:
+        self._at_end.callback(remove_empty, make_folder(self.folder))  # behind the lock's end
+
     def _dumped(self, config: Any) -> str:
         """The resolved config as a later start may read it."""
         config = config.clone()
@@ -246,6 +253,7 @@ class Launch(LightningCLI):
     # ---- the Trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> pl.Trainer:
+        check_devices(config)
         config["plugins"] = plugins(config["plugins"])
         own = config["callbacks"] or []
         own = own if isinstance(own, list) else [own]
@@ -254,6 +262,7 @@ class Launch(LightningCLI):
             scratch = Path(self._at_end.enter_context(tempfile.TemporaryDirectory()))
             config = as_dry_run({**config, "callbacks": own}, callbacks, self._changes, self.folder, scratch)
             trainer = self.trainer_class(**config)
+            self._check_schedule(trainer)
             agree_first(trainer, self.folder, self.checkpoint, self._finished)
             return trainer
         config["default_root_dir"] = str(self.folder)
@@ -282,8 +291,18 @@ class Launch(LightningCLI):
         trainer = self.trainer_class(**config)
         supervise(trainer)
         if fit:
+            self._check_schedule(trainer)
             agree_first(trainer, self.folder, self.checkpoint, self._finished)
         return trainer
+
+    def _check_schedule(self, trainer: pl.Trainer) -> None:
+        """Raises ValueError where Trainer and model do not go together: before W&B has a run of it."""
+        if isinstance(self.model, PretrainModule):
+            try:
+                check_trainer(trainer, self.model.warmup_steps)
+            except ValueError as error:
+                error.told_by_rank_0 = not is_rank_zero()  # type: ignore[attr-defined]  # the same on all ranks
+                raise
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

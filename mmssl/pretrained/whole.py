@@ -145,7 +145,7 @@ def latest_checkpoint(
             path.rename(_free_name(path.with_name(path.name + ".damaged")))
     if found:
         raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} is whole; start a new run")
-    raise CheckpointError(f"there is no checkpoint in {folder}; start without --resume, under another name")
+    raise CheckpointError(f"there is no checkpoint in {folder}; start without --resume")
 
 
 REPLACED = ".replaced"  # where no exchange of names is to be had: what stood there, while the new one takes its place

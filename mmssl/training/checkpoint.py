@@ -73,7 +73,7 @@ class Checkpoints(Checkpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:
-            folder = self._path(trainer).parent
+            folder = self.place(trainer)
             for leftover in [*folder.glob(".*.tmp"), *folder.glob(f".*{REPLACED}")]:  # of a run that was killed
                 remove(leftover)
 
@@ -141,11 +141,15 @@ class Checkpoints(Checkpoint):
             saver_of(trainer).finish()
         return path
 
-    def _path(self, trainer: pl.Trainer) -> Path:
-        """Of a checkpoint of the present step; never in the folder that one happens to stand in."""
+    def place(self, trainer: pl.Trainer) -> Path:
+        """The folder of the checkpoints; never the one that one happens to stand in."""
         if self.folder is None:
             self.folder = Path(trainer.default_root_dir) / "checkpoints"
-        return Path(self.folder) / f"step={trainer.global_step:08d}.ckpt"
+        return Path(self.folder)
+
+    def _path(self, trainer: pl.Trainer) -> Path:
+        """Of a checkpoint of the present step."""
+        return self.place(trainer) / f"step={trainer.global_step:08d}.ckpt"
 
     def _by_step(self, step: int) -> bool:
         return any(every is not None and step % every == 0 for every in (self.every_n_steps, self.keep_every_n_steps))

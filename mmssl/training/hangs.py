@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 EXIT_HANG = 1
@@ -57,6 +58,8 @@ class HangWatch:
             os.close(self._fd)
             if self.path.is_file() and self.path.stat().st_size == 0:
                 self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # another rank's stacks are there
+                self.path.parent.rmdir()
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.seconds / 10)):

@@ -261,7 +261,7 @@ class Preemption(Callback):
         """What a second Ctrl-C leaves behind."""
         if trainer.global_rank:
             return ""
-        whole = sorted(Path(self.checkpoints.folder or ".").glob("step=*.ckpt"), key=step_of)
+        whole = sorted(self.checkpoints.place(trainer).glob("step=*.ckpt"), key=step_of)
         if not whole:
             return "interrupted, nothing saved"
         return (

@@ -1,5 +1,7 @@
 """What all ranks do together: hear each other, and fail together."""
 
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,31 @@ def raise_first(said: list[str | None], cause: BaseException | None = None) -> N
             error = CheckpointError(message if rank == 0 or len(set(said)) == 1 else f"rank {rank}: {message}")
             error.told_by_rank_0 = dist.is_initialized() and dist.get_rank() > 0
             raise error from cause
+
+
+_PATIENCE = timedelta(seconds=3)  # how far apart ranks may fail for the same reason
+
+
+def rank_0_says(line: str) -> bool:
+    """Whether rank 0 fails with the same line, so that this rank need not say it again.
+
+    For an error that ends the process, and that other ranks may or may not meet as well: no collective, for those that
+    do not would never answer.  Rank 0 leaves its line where the others find it, and stays until they have read it.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    rank, name = dist.get_rank(), "mmssl/error"
+    with suppress(RuntimeError):  # nobody comes: the others go on, or have left
+        store = dist.distributed_c10d._get_default_store()
+        if rank == 0:
+            store.set(name, line)
+            store.wait([f"{name}/{other}" for other in range(1, dist.get_world_size())], _PATIENCE)
+            return False
+        store.wait([name], _PATIENCE)
+        same: bool = store.get(name).decode() == line
+        store.set(f"{name}/{rank}", "")
+        return same
+    return False
 
 
 def same_checkpoint(path: Path) -> Path:
