@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from lightning import LightningModule
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer import Trainer
 from torch import Tensor, nn
@@ -145,6 +146,12 @@ def distribute(module: LightningModule, network: nn.Module, leaves_unused: bool)
     """
     strategy = module._trainer and module.trainer.strategy
     if isinstance(strategy, FSDP):
+        averages = [c for c in module.trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+        if averages:
+            raise ValueError(
+                f"trainer.callbacks has {type(averages[0]).__name__}, which copies the whole model, and a sharded one "
+                "cannot be copied; take the callback out, or train under DDP: --config configs/strategy/ddp.yaml"
+            )
         strategy.shard(network)
     elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
         # FSDP1 refuses CPUs and corrupts Adam's moments in full checkpoints; the other's default mesh shards nothing.

@@ -16,6 +16,7 @@ import torch
 from finetune.labelled import write_labelled
 from forks import in_a_fork
 from lightning import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from pairs import TINY
 from torch import nn
@@ -327,3 +328,14 @@ def test_what_fsdp_cannot_do_is_one_line(pair_shards: str, tmp_path: Path) -> No
             inspect.unwrap(mmssl.FSDP.__init__)(object.__new__(mmssl.FSDP), **options)
     with pytest.raises(ValueError, match=r"is bfloat16 under trainer.precision 32-true; set trainer.precision"):
         one_step(plain_mae(), pair_shards, tmp_path, mmssl.FSDP(param_dtype="bfloat16"))
+
+
+@in_a_fork
+@pytest.mark.parametrize("checkpoint", ["sharded", "full"])
+def test_an_average_of_sharded_weights_is_refused(pair_shards: str, tmp_path: Path, checkpoint: Any) -> None:
+    """Lightning's callback copies the module, which FSDP2 stops in the middle of with an assertion."""
+    with pytest.raises(
+        ValueError, match=r"has EMAWeightAveraging, .* take the callback out, or train under DDP"
+    ) as caught:
+        one_step(plain_mae(), pair_shards, tmp_path, mmssl.FSDP(checkpoint), callbacks=[EMAWeightAveraging()])
+    assert "\n" not in str(caught.value)
