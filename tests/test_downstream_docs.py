@@ -74,6 +74,8 @@ for block in pathlib.Path("blocks").read_text().split("# ---"):
 assert content.shape[1] == 48
 assert larger.patch_embed.grid_size == (12, 12)
 assert classifier(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+assert torch.allclose(summary, backbone.encode_pair(pictures, texts).pooled, atol=1e-6)
+assert torch.equal(again.encode_text(texts).pooled, backbone.encode_text(texts).pooled)
 graph = torch.export.load("features.pt2").module()
 assert torch.allclose(graph(pixels[:2]), backbone.encode_image(pictures[:2]).pooled, atol=1e-6)
 """
