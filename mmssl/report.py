@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import os
+import shlex
 import sys
 import time
 from importlib.metadata import version
@@ -242,13 +243,38 @@ def _table(result: dict[str, Any], folder: Path, config: dict[str, Any]) -> str:
         f"training  {folder / 'metrics.csv'}, {folder / 'pictures'}/, {folder / 'checkpoints'}/",
         "",
         "next:",
-        f"  mmssl validate --run {folder}",
-        f"  mmssl report {folder} --rounds 3                       # less noise in the table",
-        "  mmssl fit --config configs/demo/mae.yaml                 # pictures alone",
-        "  mmssl fit --config configs/demo/mlm.yaml                 # text alone",
-        "  mmssl fit --config configs/mmm.yaml --print_config       # the recipe for GPUs, with every option",
+        *(f"  {line}" for line in _next(folder, config)),
     ]
     return "\n".join(lines)
+
+
+def _next(folder: Path, config: dict[str, Any]) -> list[str]:
+    """Commands that go on from this run, on its own data."""
+    run = shlex.quote(str(folder))
+    lines = [
+        f"mmssl report {run} --rounds 3    # less noise in the table",
+        f"mmssl export {run} --out {shlex.quote(f'exports/{folder.name}')}    # for timm, or for others",
+    ]
+    data = config["data"].get("init_args", config["data"])
+    train = data.get("train")
+    sources = list(train.values()) if isinstance(train, dict) else [{"shards": train}]
+    pairs = [source["shards"] for source in sources if "only" not in source]
+    plain = config["data"].get("class_path", "").rpartition(".")[2] in ("", "DataModule")
+    if not plain or len(pairs) != 1:  # more than a command line says well: docs/finetune.md
+        return lines
+    options = {
+        "run": f"runs/{folder.name}-retrieval",
+        "model.init_args.backbone": str(folder),
+        "model.init_args.warmup_steps": 100,
+        "model.init_args.compile_blocks": config["model"].get("init_args", {}).get("compile_blocks", False),
+        "trainer.max_steps": 1000,
+        "data.train": pairs[0],
+        "data.val": data["val"],
+        **{f"data.{name}": data[name] for name in ("batch_size", "num_workers") if data.get(name) is not None},
+    }
+    told = [f"--{name} {shlex.quote(v if isinstance(v, str) else json.dumps(v))}" for name, v in options.items()]
+    fit = "mmssl fit --config configs/finetune/retrieval.yaml"
+    return [*lines, f"{fit} {' '.join(told[:2])} \\", f"    {' '.join(told[2:5])} \\", f"    {' '.join(told[5:])}"]
 
 
 def _draw(scores: MaskedScores, grid: Any, path: Path) -> None:

@@ -1,5 +1,7 @@
 """A start that is refused says why in one line of ours, once for all ranks, and leaves nothing behind."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from ranks import fit, tiny_config
 from runs import SMALL
 
 from mmssl.cli import main
+from mmssl.data.processors import processors
 from mmssl.training.callbacks.health import Health
 from mmssl.training.checkpoint import Checkpoints
 from mmssl.training.preemption import Preemption
@@ -121,6 +124,20 @@ def test_devices_that_cannot_be(
     toy_folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], expected: str
 ):
     assert expected in refusal(capsys, *options)
+
+
+# ---- what it says of workers, once and in our words
+
+
+def test_more_workers_than_cores(toy_folder: Path, real_config: str, capsys: pytest.CaptureFixture[str]):
+    """In a process of its own, where warnings are as a person sees them."""
+    cores = processors()
+    options = ["--trainer.max_steps=1", "--model.init_args.warmup_steps=0", "--trainer.logger=false"]
+    command = ["fit", "--config", real_config, "--run", "runs/a", *options, f"--data.num_workers={cores + 1}"]
+    done = subprocess.run([sys.executable, "-m", "mmssl", *command], capture_output=True, text=True, check=True)
+    line = f"mmssl: data.num_workers is {cores + 1}, and each process has {cores} core"
+    assert done.stdout.count(line) == 1
+    assert done.stderr == ""
 
 
 # ---- on two ranks

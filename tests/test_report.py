@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -142,12 +143,46 @@ def test_report_of_a_small_run(trained: Path, tmp_path: Path, capsys: pytest.Cap
         assert (run / file).exists()
     speed = figures["speed"]
     assert f"{speed['samples_per_second']:.0f} pairs/s, {speed['text_tokens_per_second']:.0f} text tokens/s" in table
-    assert all(len(line) <= 120 for line in table.splitlines() if str(run) not in line)
+    assert all(len(line) <= 120 for line in table.partition("\nnext:")[0].splitlines() if str(run) not in line)
 
     picture = PILImage.open(run / "report.png")
     assert picture.width >= 3 * 118 + 520
     assert picture.height > 4 * 118 + 250  # four rows and the bars below
     assert len(np.unique(np.asarray(picture)[-300:].reshape(-1, 3), axis=0)) > 3  # bars of two colours, and text
+
+
+def test_what_it_names_next_works(trained: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Every command runs as it is printed, but for fewer steps of the longest: on this run and its own data."""
+    run = copy_of(trained, tmp_path / "runs of mine")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(Path(__file__).parents[1] / "configs")
+    assert main(["report", str(run), "--samples", "8"]) == 0
+    told = capsys.readouterr().out.partition("\nnext:\n")[2].replace("\\\n", "")
+    commands = [shlex.split(line, comments=True) for line in told.splitlines()]
+    assert [command[:2] for command in commands] == [["mmssl", name] for name in ("report", "export", "fit")]
+    fewer = ["--trainer.max_steps=2", "--model.init_args.warmup_steps=1", "--trainer.val_check_interval=2"]
+    commands[2] += [*fewer, "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false"]
+    for command in commands:
+        assert main(command[1:]) == 0, command
+    assert (tmp_path / "exports/run/model.safetensors").is_file()
+    assert (tmp_path / "runs/run-retrieval/checkpoints/best.ckpt").is_file()
+
+
+def test_of_other_data_it_names_what_a_line_can_say(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    """Two sources of pairs do not fit one option, and FilesData reads no shards."""
+
+    def two(content: dict[str, Any]) -> None:
+        train = content["data"]["train"]
+        content["data"]["train"] = {
+            "a": {"shards": train},
+            "b": {"shards": train},
+            "c": {"shards": "x", "only": "text"},
+        }
+
+    run = copy_of(trained, tmp_path, two)
+    assert main(["report", str(run), "--samples", "8"]) == 0
+    told = capsys.readouterr().out.partition("\nnext:\n")[2]
+    assert [line.split()[:3] for line in told.splitlines()] == [["mmssl", n, str(run)] for n in ("report", "export")]
 
 
 def test_the_same_seed_gives_the_same_figures(trained: Path, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def check(
                     print(printable(f"    {problem}: {finding.shard}{key}: {finding.detail[:200]}"))
     bad_samples = sum(counts[problem] for problem in told_bad)
     if out is not None:
-        print(f"\nall findings: {out}")
+        print(f"\nall findings: {out}" if counts else f"\n{out} is empty: nothing was found")
     if unusable:
         raise UsageError(f"{unusable} of {len(paths)} shards cannot be used; they are named above")
     print("\n" + (f"{number(bad_samples)} findings are bad" if bad_samples else "all is well"))

@@ -13,7 +13,7 @@ from mmssl.data.budget import Budget
 from mmssl.data.cache import Cache
 from mmssl.data.identity import histories, identity, write_shards_file
 from mmssl.data.index import ShardIndex
-from mmssl.data.loader import Loader, StartMethod, default_workers, leave_cores
+from mmssl.data.loader import Loader, StartMethod, default_workers, leave_cores, tell_of_many_workers
 from mmssl.data.order import check_world, choose_lanes
 from mmssl.data.shards import ShardSet
 from mmssl.data.sources import SourceConfig, check_members, prepare_of, read_sources
@@ -34,7 +34,7 @@ class DataModule(LightningDataModule):
         batch_size: samples of a batch over *all* ranks.
         val_batch_size: the same for validation; None means ``batch_size``.
         num_workers: loader processes of every rank; None means its share of the cores less one, at most 8; 0 loads
-            in the training process.
+            in the training process.  More than there are cores are started, and told of.
         lanes: sequences the shards are read in side by side; the number of ranks must divide it.  None means
             the largest divisor of ``batch_size`` up to 64 (more for batches above 1,024).
         seed: of the order and of every random draw.
@@ -195,6 +195,8 @@ class DataModule(LightningDataModule):
         trainer = self.trainer
         workers = default_workers(trainer.num_devices) if self.num_workers is None else self.num_workers
         training = isinstance(data, TrainStream)
+        if training and self.num_workers is not None:
+            rank_zero_only(tell_of_many_workers)(workers, trainer.num_devices)
         if training and trainer.strategy.root_device.type == "cpu":
             leave_cores(workers, trainer.num_devices)
         loader = Loader(

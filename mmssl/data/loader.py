@@ -40,6 +40,20 @@ def leave_cores(workers: int, processes: int) -> None:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), _cores(processes) - workers)))
 
 
+def tell_of_many_workers(workers: int, processes: int) -> None:
+    """Say so where more workers were asked for than there are cores.
+
+    They are started all the same: those that wait for a store need no core.
+    """
+    cores = max(1, _cores(processes))
+    if workers > cores:
+        print(
+            f"mmssl: data.num_workers is {workers}, and each process has {cores} core{'s' if cores > 1 else ''}; null "
+            f"takes {default_workers(processes)}, and more than there are cores help only with shards in a store",
+            flush=True,
+        )
+
+
 def _cores(processes: int) -> int:
     """Cores for each of ``processes`` training processes of this node."""
     cores = processors()

@@ -162,11 +162,14 @@ def findings(path: str) -> dict[tuple[str, str], Counter[str]]:
 def test_check_finds_every_fault(capsys) -> None:
     expected = bad_shards()
     assert main(["shards", "check", "good.tar", "--out", "none.jsonl", "--jobs", "1"]) == 0
-    assert "all is well" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "all is well" in said
+    assert "none.jsonl is empty: nothing was found" in said
     assert Path("none.jsonl").read_text() == ""
     assert main(["shards", "check", "good.tar", "bad.tar", "--out", "found.jsonl", "--jobs", "1"]) == 1
     said = capsys.readouterr().out
     assert findings("found.jsonl") == expected
+    assert "all findings: found.jsonl" in said
     assert "read 2 shards, 62 samples" in said
     assert "1  truncated            images cut short" in said
     assert "truncated: bad.tar cut: " in said
