@@ -59,13 +59,14 @@ class MmsslModel(PreTrainedModel):
     """
 
     config_class = TimmWrapperConfig
-    base_model_prefix = "mmssl"
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     accepts_loss_kwargs = False
 
     def __init__(self, config: TimmWrapperConfig, drop_path_rate: float = 0.0) -> None:
+        config = copy.deepcopy(config)
+        config.model_type = "mmssl"  # by it transformers renames tensors: those of timm_wrapper are not so called here
         super().__init__(config)
         about = getattr(config, "mmssl", None)
         if not isinstance(about, dict) or not {"backbone", "options", "text"} <= about.keys():
