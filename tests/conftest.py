@@ -113,3 +113,13 @@ def image_run(tmp_path_factory: pytest.TempPathFactory, pair_shards: str) -> Pat
     from runs import SMALL, train
 
     return train(tmp_path_factory.mktemp("image") / "run", "MAE", pair_shards, **SMALL)
+
+
+@pytest.fixture(scope="session")
+def onnx_export(joint_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command exports of the joint model, ONNX files among it; to be read only."""
+    from mmssl.cli import main
+
+    folder = tmp_path_factory.mktemp("onnx") / "out"
+    assert main(["export", str(joint_run), "--out", str(folder), "--onnx"]) == 0
+    return folder

@@ -57,49 +57,42 @@ def untrained(objective: Any, name: str, tokenizer: str, folder: Path) -> Path:
     return save_untrained(run, folder / "a.ckpt")
 
 
-@pytest.fixture(scope="module")
-def exported(joint_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("onnx") / "out"
-    assert main(["export", str(joint_run), "--out", str(folder), "--onnx"]) == 0
-    return folder
-
-
 @pytest.mark.parametrize("count", [1, 5])
 @torch.no_grad()
-def test_a_joint_model_with_experts(exported: Path, count: int):
-    backbone, texts = mmssl.load_backbone(exported), [caption(i) for i in range(count)]
+def test_a_joint_model_with_experts(onnx_export: Path, count: int):
+    backbone, texts = mmssl.load_backbone(onnx_export), [caption(i) for i in range(count)]
     texts[-1] = "blue"
-    words = ids(exported / "tokenizer.json", texts, 12)
-    assert_equal(run(exported / "image.onnx", pixels=pixels(count).numpy()), backbone.encode_image(pixels(count)))
-    assert_equal(run(exported / "text.onnx", **words), backbone.encode_text(texts))
-    found = run(exported / "pair.onnx", pixels=pixels(count).numpy(), **words)
+    words = ids(onnx_export / "tokenizer.json", texts, 12)
+    assert_equal(run(onnx_export / "image.onnx", pixels=pixels(count).numpy()), backbone.encode_image(pixels(count)))
+    assert_equal(run(onnx_export / "text.onnx", **words), backbone.encode_text(texts))
+    found = run(onnx_export / "pair.onnx", pixels=pixels(count).numpy(), **words)
     assert_equal(found, backbone.encode_pair(pixels(count), texts))
     if count > 1:
         assert not found[0][-1, -4:].any(), "the tokens of padding are not zero"
 
 
-def test_a_row_of_padding_alone_is_zero(exported: Path):
-    words = ids(exported / "tokenizer.json", [caption(0), caption(1)], 12)
-    whole = run(exported / "text.onnx", **words)
+def test_a_row_of_padding_alone_is_zero(onnx_export: Path):
+    words = ids(onnx_export / "tokenizer.json", [caption(0), caption(1)], 12)
+    whole = run(onnx_export / "text.onnx", **words)
     words["attention_mask"][1] = 0
-    tokens, pooled = run(exported / "text.onnx", **words)
+    tokens, pooled = run(onnx_export / "text.onnx", **words)
     assert not tokens[1].any()
     assert not pooled[1].any()
     assert torch.equal(tokens[0], whole[0][0])
 
 
-def test_the_files_say_what_they_take_and_not_who_made_them(exported: Path):
-    session = onnxruntime.InferenceSession(exported / "pair.onnx")
+def test_the_files_say_what_they_take_and_not_who_made_them(onnx_export: Path):
+    session = onnxruntime.InferenceSession(onnx_export / "pair.onnx")
     assert {x.name: (x.shape, x.type) for x in session.get_inputs()} == {
         "pixels": (["batch", 3, 32, 32], "tensor(uint8)"),
         "input_ids": (["batch", "length"], "tensor(int64)"),
         "attention_mask": (["batch", "length"], "tensor(int64)"),
     }
     assert session.get_modelmeta().custom_metadata_map == {"max_text_tokens": "12"}
-    for path in exported.glob("*.onnx"):
+    for path in onnx_export.glob("*.onnx"):
         assert str(Path(mmssl.__file__).parent).encode() not in path.read_bytes()
     with pytest.raises(Exception, match="12 by 13"):
-        run(exported / "text.onnx", input_ids=np.ones((1, 13), np.int64), attention_mask=np.ones((1, 13), np.int64))
+        run(onnx_export / "text.onnx", input_ids=np.ones((1, 13), np.int64), attention_mask=np.ones((1, 13), np.int64))
 
 
 @torch.no_grad()
