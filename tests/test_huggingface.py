@@ -352,6 +352,7 @@ def test_what_does_not_fit_is_one_line(exported: Path, image_run: Path, tmp_path
         ({**text, "attention_mask": text["attention_mask"] * 0}, "without a token"),
         ({**image, "input_ids": text["input_ids"][:3]}, "4 pictures came with 3 texts"),
         ({"pixel_values": image["pixel_values"][..., :16, :16]}, "takes 32 x 32"),
+        ({"pixel_values": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}, "uint8; give what AutoImageProcessor"),
     ]
     for arguments, said in wrong:
         with pytest.raises(ValueError, match=said) as raised:

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, TimmWrapperConfig
@@ -66,7 +66,7 @@ class MmsslModel(PreTrainedModel):
 
     def __init__(self, config: TimmWrapperConfig, drop_path_rate: float = 0.0) -> None:
         config = copy.deepcopy(config)
-        config.model_type = "mmssl"  # by it transformers renames tensors: those of timm_wrapper are not so called here
+        config.model_type = "mmssl"  # not timm_wrapper, whose tensors transformers renames
         super().__init__(config)
         about = getattr(config, "mmssl", None)
         if not isinstance(about, dict) or not {"backbone", "options", "text"} <= about.keys():
@@ -81,7 +81,7 @@ class MmsslModel(PreTrainedModel):
 
     def forward(
         self,
-        pixel_values: Float[Tensor, "B 3 S S"] | None = None,
+        pixel_values: Shaped[Tensor, "B 3 S S"] | None = None,
         input_ids: Int[Tensor, "_ L"] | None = None,
         attention_mask: Tensor | None = None,
         pool: Pool | None = None,
@@ -96,11 +96,13 @@ class MmsslModel(PreTrainedModel):
             return_dict: False for a tuple.
 
         Raises:
-            ValueError: nothing given, texts longer than the backbone's, padded elsewhere than at their end or empty, an
-                unequal number of pictures and texts, or texts for a backbone that knows none.
+            ValueError: nothing given, pixels as integers, texts longer than the backbone's, padded elsewhere than at
+                their end or empty, an unequal number of pictures and texts, or texts for a backbone that knows none.
         """
         if pixel_values is not None and input_ids is not None and len(pixel_values) != len(input_ids):
             raise ValueError(f"{len(pixel_values)} pictures came with {len(input_ids)} texts; give one per picture")
+        if pixel_values is not None and not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values are {pixel_values.dtype}; give what AutoImageProcessor makes of pictures")
         text = None if input_ids is None else self._packed(input_ids, attention_mask)
         found = self.mmssl(None if pixel_values is None else pixel_values.to(self.device, self.dtype), text, pool)
         output = MmsslOutput(found.tokens, found.pooled, found.valid.long())
