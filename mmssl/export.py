@@ -105,9 +105,9 @@ def write_export(
     image, text = two_sides(model.backbone.state_dict())
     config = _config(model, found.backbone, found.options)
     _check_timm(config, image)
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
     temporary = target.absolute().with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         save_file(image, temporary / IMAGE_FILE, {"format": "pt"})
         if model.tokenizer is not None:
@@ -128,7 +128,7 @@ def write_export(
         temporary.rename(target)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {target}: {first_line(error)}; free some space, or give another --out"
+            f"cannot write {target}: {first_line(error)}; see to space and rights there, or give another --out"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

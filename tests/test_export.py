@@ -195,7 +195,7 @@ def test_what_cannot_be_exported_is_one_line(joint_run: Path, tmp_path: Path, ca
         ("plain timm", "no export of mmssl"),
         ("edited", "lacks backbone, weights"),
         ("cut weights", "damaged or cut short"),
-        ("no text weights", "damaged or cut short"),
+        ("no text weights", "there is no such file"),
         ("no tokenizer", "no tokenizer"),
         ("other tokenizer", "not the tokenizer"),
         ("no json", "cannot be read"),

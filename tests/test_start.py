@@ -131,7 +131,7 @@ def test_a_resumed_run_needs_its_beginning_no_more(tmp_path: Path, pair_shards: 
         ("other width", "has shape"),
         ("no transformer", "holds no vision transformer"),
         ("code", "cannot be read safely"),
-        ("truncated", "cannot be read safely"),
+        ("truncated", "damaged or cut short"),
         ("nothing", "there is no"),
     ],
 )

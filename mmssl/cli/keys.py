@@ -277,6 +277,8 @@ def one_line(message: str) -> str:
 
 
 def _type_name(text: str) -> str:
+    if choice := re.fullmatch(r"typing\.Literal\[(.+)\]", text):
+        return "one of " + choice[1].replace("'", "")
     return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
 
 

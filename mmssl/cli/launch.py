@@ -208,7 +208,8 @@ class Launch(LightningCLI):
             aside = fit and first and not config.dry_run
             self.checkpoint = str(latest_checkpoint(self.folder, say, aside, thorough=first))
         if config.ckpt_path and not Path(self.checkpoint or "").exists():
-            raise UsageError(f"there is no checkpoint {self.checkpoint}")
+            best = "; mmssl.training.callbacks.best.Best keeps it, without --ckpt_path the newest one is taken"
+            raise UsageError(f"there is no checkpoint {self.checkpoint}{best if config.ckpt_path == 'best' else ''}")
         self._finished = config.resume and 0 < config.trainer.max_steps <= step_of(Path(self.checkpoint or ""))
         if self._finished and is_alone():
             say_finished(self.folder, config.trainer.max_steps)

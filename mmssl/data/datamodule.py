@@ -153,7 +153,9 @@ class DataModule(LightningDataModule):
                 bad_samples=bad_samples,
             )
         elif stage != "fit":
-            raise ValueError(f"data.val is not set, but {stage} runs on it; give its shards")
+            raise ValueError(
+                f"data.val is not set, but mmssl {getattr(stage, 'value', stage)} runs on it; give its shards"
+            )
 
     def _folder(self) -> str:
         assert self.trainer is not None

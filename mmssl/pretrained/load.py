@@ -56,6 +56,8 @@ def build(
         ValueError: the source does not fit the model that it names.
         CheckpointError: a file is damaged or cut short.
     """
+    if img_size is not None and img_size < 1:
+        raise ValueError(f"img_size is {img_size}; give pixels, or None for the size of pretraining")
     own = {"drop_path_rate": drop_path_rate, "grad_checkpointing": grad_checkpointing}
     options = {**found.options, **own, "img_size": img_size or found.options.get("img_size")}
     if not found.has_text:

@@ -132,7 +132,8 @@ class Pretrained(nn.Module):
                 square = crop.view(pixels.shape[0], pixels.shape[1], Draws(0)).take(pixels)
             else:
                 raise ValueError(
-                    f"picture {place} is a {type(image).__name__}; give a PIL image, a file's bytes or a uint8 tensor"
+                    f"picture {place} is a {type(image).__name__}; give a PIL image (PIL.Image.open(path), "
+                    "PIL.Image.fromarray(array)), a file's bytes or a uint8 tensor [3, height, width]"
                 )
         except BadSample as error:
             raise ValueError(f"picture {place} cannot be used: {error}") from error
@@ -164,6 +165,9 @@ class Pretrained(nn.Module):
         several = [texts] if isinstance(texts, str) else list(texts)
         if not several:
             raise ValueError("there is no text to encode")
+        for place, text in enumerate(several):
+            if not isinstance(text, str):
+                raise ValueError(f"text {place} is a {type(text).__name__}; give strings")
         room = self.backbone.max_text_tokens
         encoded = [self.tokenizer.encode(text).ids for text in several]
         ids = [row if len(row) <= room else np.r_[row[: room - 1], row[-1]] for row in encoded]

@@ -21,7 +21,14 @@ from torch import Tensor
 from mmssl.data.tokenizer import TextTokenizer
 from mmssl.pretrained.lora import LORA, Merged
 from mmssl.pretrained.sharded import TABLE, ShardedTensors, read_meta
-from mmssl.pretrained.whole import CheckpointError, check_format, damage_of, first_line, latest_checkpoint
+from mmssl.pretrained.whole import (
+    CheckpointError,
+    check_format,
+    damage_of,
+    first_line,
+    latest_checkpoint,
+    why_unreadable,
+)
 
 Weights = Literal["online", "ema"]
 IMAGE_FILE, TEXT_FILE, CONFIG_FILE, TOKENIZER_FILE = (
@@ -80,6 +87,8 @@ class SafeTensors(Mapping[str, Tensor]):
         for path, prefix in files.items():
             try:
                 file = safe_open(path, framework="pt")
+            except FileNotFoundError as error:
+                raise CheckpointError(f"cannot load {path}: there is no such file; the export is not whole") from error
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"cannot load {path}: the file is damaged or cut short ({error})") from error
             self._places |= {prefix + name: (file, name) for name in file.keys()}  # noqa: SIM118  # no mapping
@@ -107,6 +116,8 @@ def find_source(source: str | Path, weights: Weights = "online") -> Source:
     if weights not in get_args(Weights):
         raise ValueError(f"weights is {weights!r}; choose one of {', '.join(get_args(Weights))}")
     name, path = str(source), Path(source)
+    if not name:
+        raise ValueError("the source is empty; name a run's folder, a checkpoint, an export's folder or owner/name")
     if name.startswith("hf://") or (not path.exists() and _HUB.fullmatch(name)):
         return _read_export(fetched(name.removeprefix("hf://")), weights)
     if path.is_file():
@@ -195,7 +206,7 @@ def _read_checkpoint(path: Path, weights: Weights) -> Source:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        raise CheckpointError(f"cannot load {path}: it cannot be read safely ({first_line(error)})") from error
+        raise CheckpointError(f"cannot load {path}: {why_unreadable(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise ValueError(f"{path} is no checkpoint of mmssl: it has no state_dict; for image weights see init_from")
     state = content["state_dict"]

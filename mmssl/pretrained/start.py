@@ -21,7 +21,7 @@ from torch import Tensor
 from mmssl.backbone import Backbone
 from mmssl.data.tokenizer import TextTokenizer
 from mmssl.pretrained.sources import CONFIG_FILE, Source, find_source
-from mmssl.pretrained.whole import CheckpointError, first_line
+from mmssl.pretrained.whole import CheckpointError, first_line, why_unreadable
 
 _ANCHOR = "patch_embed.proj.weight"
 _SPECIALS = ("pad_id", "unk_id", "cls_id", "sep_id", "mask_id")
@@ -112,7 +112,7 @@ def _load(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"init_from: {path} cannot be read safely ({first_line(error)})") from error
+        raise CheckpointError(f"init_from: cannot load {path}: {why_unreadable(error)}") from error
 
 
 def _image_weights(path: Path) -> dict[str, Tensor]:

@@ -32,6 +32,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def why_unreadable(error: BaseException) -> str:
+    """Why ``torch.load(..., weights_only=True)`` refused a file: torch's own words advise to read it unsafely."""
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if named:
+        return f"it cannot be read safely: it holds a {named[1]}, which only code could read, and no file's code is run"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it cannot be read safely: it is no file of torch, or holds more than tensors and plain values"
+    return f"the file is damaged or cut short ({first_line(error).partition('. ')[0]})"
+
+
 def damage_of(path: Path, thorough: bool = True) -> str | None:
     """Why ``path`` is not a whole checkpoint, or None when it is.
 
@@ -56,13 +66,17 @@ def _damage_of(path: Path, _mtime: int, size: int, thorough: bool) -> str | None
     if size == 0:
         return "the file is empty"
     try:
+        with path.open("rb") as file:
+            if file.read(2) != b"PK":
+                return "the file is no checkpoint, or its beginning is damaged"
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip() if thorough else None
             pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
             for name in pickles:
                 archive.read(name)  # compares its checksum
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        return f"the file is damaged or cut short ({first_line(error)})"
+        reason = first_line(error)
+        return f"the file is damaged or cut short ({'its end is missing' if 'not a zip' in reason else reason})"
     if bad is not None:
         return f"the file is damaged (wrong checksum of {bad})"
     return None if pickles else "the file is not a checkpoint"
@@ -106,7 +120,7 @@ def read_checkpoint(
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or not tensors)
     except (pickle.UnpicklingError, RuntimeError, OSError) as error:
-        raise CheckpointError(f"cannot load {path}: it cannot be read safely ({first_line(error)})") from error
+        raise CheckpointError(f"cannot load {path}: {why_unreadable(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"cannot load {path}: it is no checkpoint, but a {type(content).__name__}")
     return content
@@ -145,7 +159,7 @@ def latest_checkpoint(
             path.rename(_free_name(path.with_name(path.name + ".damaged")))
     if found:
         raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} is whole; start a new run")
-    raise CheckpointError(f"there is no checkpoint in {folder}; start without --resume")
+    raise CheckpointError(f"there is no checkpoint in {folder}; without --resume mmssl fit begins at step 0")
 
 
 REPLACED = ".replaced"  # where no exchange of names is to be had: what stood there, while the new one takes its place
