@@ -2,6 +2,7 @@
 
 import io
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import picture
+import webdataset
+from pairs import COLOURS, picture
 from PIL import Image as PILImage
+
+from mmssl.cli import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,3 +94,31 @@ def test_the_page(home: Path, onnx_export: Path):
     shutil.copytree(onnx_export, "exports/demo")
     Path("blocks").write_text("# ---".join(blocks("docs/downstream.md")))
     subprocess.run([sys.executable, "-c", PAGE], check=True)
+
+
+def test_the_tutorial(home: Path, capsys: pytest.CaptureFixture[str]):
+    """docs/finetune_plain.py as it stands, on a small run and sheets of paper: it learns their colours."""
+    assert main(["export", "runs/demo", "--out", "exports/demo"]) == 0
+    (home / "data/demo").mkdir(parents=True)
+    for name, count in {"train": 60, "val": 20}.items():
+        with webdataset.TarWriter(f"data/demo/pairs-{name}-000000.tar") as writer:
+            for i in range(count):
+                sheet = PILImage.new("RGB", (40 + i, 40), list(COLOURS.values())[i % 4])
+                writer.write({"__key__": f"{i:06d}", "jpg": sheet, "txt": f"{list(COLOURS)[i % 4]} paper, number {i}"})
+    names = runpy.run_path(str(ROOT / "docs/finetune_plain.py"))
+    assert names["classes"] == ["blue", "green", "grey", "red"]
+    assert names["fine_tuned"] > 0.9
+    assert "60 pictures to train on, 20 to test" in capsys.readouterr().out
+
+
+def test_the_tutorial_is_cells():
+    """Every cell begins as the editors that know the percent format expect it, and those of text are text alone."""
+    cells = (ROOT / "docs/finetune_plain.py").read_text().split("# %%")
+    assert cells[0] == ""
+    texts = [cell.removeprefix(" [markdown]\n") for cell in cells if cell.startswith(" [markdown]\n")]
+    assert len(texts) >= 8
+    assert all(line.startswith("#") for text in texts for line in text.strip().splitlines())
+    for cell in cells[1:]:
+        if not cell.startswith(" [markdown]"):
+            assert cell.startswith("\n")
+            compile(cell, "cell", "exec")
