@@ -4,12 +4,15 @@ The processes are made by a fork server, so that they inherit no threads and no 
 that started them ends, however it ends, and leave Ctrl-C to it.
 """
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import signal
+import sys
 import threading
+import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -58,7 +61,8 @@ def ordered_map(
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(_call, function, item))
+            with _main_hidden():  # processes are made by submit
+                waiting.append(pool.submit(_call, function, item))
             if len(waiting) >= 3 * jobs:
                 yield waiting.popleft().result()
         while waiting:
@@ -69,6 +73,18 @@ def ordered_map(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Processes that are made meanwhile do not run the program's main module: nothing here needs it, and a script
+    without ``if __name__ == "__main__"`` would do its work again in each of them."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _start_server() -> None:

@@ -56,8 +56,8 @@ class Budget:
             for _, _, named in every:
                 worst.update(dict(named))
             raise TooManyBadSamples(
-                f"{bad} of {seen} samples cannot be used, over the budget of {self.part:.2%} (of at least {_AT_LEAST})"
-                f"; {worst_shards(worst, self.bad_samples)}"
+                f"{bad} of {seen + bad} samples cannot be used, over the budget of {self.part:.2%} "
+                f"(of at least {_AT_LEAST}); {worst_shards(worst, self.bad_samples)}"
             )
 
 

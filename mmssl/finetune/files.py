@@ -8,8 +8,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +25,12 @@ from mmssl.curation.sources import classes_of, image_records, kind_of, records_o
 from mmssl.curation.tables import Columns
 from mmssl.curation.writer import Written, write_shards
 from mmssl.data.datamodule import DataModule
+from mmssl.data.shards import ShardSet
 
 _FORMAT = 1  # raised when the same files would be packed otherwise
 _MOST_SKIPPED = 0.01
 _CLASSES = "classes.json"
+_RANGE = "range.json"  # the smallest and the largest label, where labels are whole numbers
 
 
 class FilesData(DataModule):
@@ -80,17 +84,18 @@ class FilesData(DataModule):
         self.preparation = Preparation(short_side)
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         self.packed_dir = Path(packed_dir or os.path.join(cache, "mmssl", "packed")).expanduser()
+        self._folder_packed: Path | None = None  # by this process
 
     def prepare_data(self) -> None:
         """Pack, once per node; what is packed already is found again by the files' names, sizes and times."""
-        folder = self._folder_of_shards()
+        self._folder_packed = folder = self._folder_of_shards()
         if not folder.is_dir():
             self._pack(folder)
         self._use(folder)
         super().prepare_data()
 
     def setup(self, stage: str) -> None:
-        folder = self._folder_of_shards()
+        folder = self._folder_packed or self._folder_of_shards()  # the files are looked at once, not twice
         if not folder.is_dir():
             raise ValueError(f"{folder} is gone, or the files changed while the run began; start again")
         self._use(folder)
@@ -101,16 +106,28 @@ class FilesData(DataModule):
             self._tell_classes(folder)
 
     def _check_count(self, folder: Path) -> None:
-        """Raises ValueError if the files have more classes than the model."""
+        """Raises ValueError if the files have other classes than the model."""
         module = self.trainer and self.trainer.lightning_module
-        count = getattr(module, "num_classes", None)
-        names = json.loads((folder / _CLASSES).read_text()) if (folder / _CLASSES).exists() else []
-        if count is not None and len(names) > count:
+        count, target = getattr(module, "num_classes", None), getattr(module, "target", None)
+        if count is None or target is None or target.kind == "regression":
+            return
+        what = ", ".join(self.sources["train"])
+        if (folder / _CLASSES).exists():
+            names = json.loads((folder / _CLASSES).read_text())
             shown = ", ".join([*map(repr, names[:5]), *["..."][: len(names) > 5]])
-            raise ValueError(
-                f"{', '.join(self.sources['train'])}: has {len(names)} classes ({shown}), but num_classes is {count}; "
-                f"set model.num_classes to {len(names)}"
-            )
+            if len(names) != count:
+                more = f", or name all {count} in data.classes" if len(names) < count else ""
+                raise ValueError(
+                    f"{what}: has {len(names)} classes ({shown}), but num_classes is {count}; "
+                    f"set model.num_classes to {len(names)}{more}"
+                )
+        if (folder / _RANGE).exists():
+            least, most = json.loads((folder / _RANGE).read_text())
+            if least < 0 or most >= count:
+                remedy = "classes begin at 0" if least < 0 else f"set model.num_classes to {most + 1}"
+                raise ValueError(
+                    f"{what}: labels go from {least} to {most}, but num_classes is {count}; {remedy}, or correct them"
+                )
 
     def _use(self, folder: Path) -> None:
         self.train = {"train": {"shards": str(folder / "train" / "train-*.tar")}}
@@ -162,34 +179,37 @@ class FilesData(DataModule):
                 known = names is not None and record.label is not None
                 yield replace(record, label=str(names[record.label])) if known else record  # type: ignore[index]
 
-    def _names(self, part: str) -> set[str]:
-        """The labels of a part that are words: the folders' names, or a column's."""
+    def _said(self, part: str) -> set[str]:
+        """The labels of a part as they stand: the folders' names, or a column's."""
         found: set[str] = set()
         for source in self.sources[part]:
             if self.folder_labels and kind_of(source) == "images":
                 found |= set(classes_of([source]))
             elif self.columns.label is not None:
                 found |= {record.label for record in self._records([source]) if record.label}
-        return set() if not self.folder_labels and all(map(_is_number, found)) else found
+        return found
 
-    def _numbered(self) -> dict[str, int] | None:
-        """The number of every class by its name; None where labels are numbers."""
-        train = self._names("train")
-        if self.classes is None and not train:
+    def _numbered(self, train: set[str], val: set[str]) -> dict[str, int] | None:
+        """The number of every class by its name; None where labels are numbers, or none are known."""
+        if self.classes is None and (not train or (not self.folder_labels and all(map(_is_number, train)))):
+            self._refuse("val", {label for label in val if train and not _is_number(label)}, "the numbers of train")
             return None
         names = self.classes if self.classes is not None else sorted(train)
-        for part in ("train", "val"):
-            unknown = sorted(self._names(part) - set(names))
-            if unknown:
-                known = "classes" if self.classes is not None else "the training data"
-                raise ValueError(
-                    f"{', '.join(self.sources[part])}: the labels {', '.join(map(repr, unknown[:5]))} are not among "
-                    f"the {len(names)} of {known} ({', '.join(map(repr, names[:5]))}, ...); correct them"
-                )
+        known = "classes" if self.classes is not None else "the training data"
+        for part, said in (("train", train), ("val", val)):
+            self._refuse(
+                part, said - set(names), f"the {len(names)} of {known} ({', '.join(map(repr, names[:5]))}, ...)"
+            )
         return {name: number for number, name in enumerate(names)}
 
+    def _refuse(self, part: str, unknown: set[str], known: str) -> None:
+        if unknown:
+            shown = ", ".join(map(repr, sorted(unknown)[:5]))
+            raise ValueError(f"{', '.join(self.sources[part])}: the labels {shown} are not among {known}; correct them")
+
     def _pack(self, folder: Path) -> None:
-        names = self._numbered()
+        train, val = self._said("train"), self._said("val")
+        names = self._numbered(train, val)
         try:
             self.packed_dir.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=".packing-", dir=self.packed_dir))
@@ -203,6 +223,8 @@ class FilesData(DataModule):
                     self._write(part, temporary / part, names)
             if names is not None:
                 (temporary / _CLASSES).write_text(json.dumps(list(names), indent=1, ensure_ascii=False) + "\n")
+            elif numbers := _integers(train | val):
+                (temporary / _RANGE).write_text(json.dumps([min(numbers), max(numbers)]) + "\n")
             with contextlib.suppress(OSError):  # another process packed the same, and was quicker
                 temporary.rename(folder)
             if not folder.is_dir():
@@ -212,10 +234,10 @@ class FilesData(DataModule):
 
     def _write(self, part: str, out: Path, names: dict[str, int] | None) -> None:
         share = self.val_part if part == "train" else 0.0
+        counts: Counter[str] = Counter()
+        records = _counted(self._labelled(part, names), counts)
         try:
-            written = write_shards(
-                self._labelled(part, names), str(out), self.preparation, val_part=share, jobs=check_jobs(None)
-            )
+            written = write_shards(records, str(out), self.preparation, val_part=share, jobs=check_jobs(None))
         except OSError as error:
             raise ValueError(
                 f"cannot pack into {out.parent} ({error.strerror or error}); give another packed_dir"
@@ -228,8 +250,33 @@ class FilesData(DataModule):
             )
         if share and "val" not in written.shards:
             raise ValueError(f"{what}: val_part {share} of {samples} samples holds none out; give a larger part")
+        if share:
+            self._check_split(written.shards["val"], counts, names)
         note = f"; {skipped} left out ({_example(out, written)})" if skipped else ""
         print(f"mmssl: packed {samples} samples of {what} into {self.packed_dir}{note}", flush=True)
+
+    def _check_split(self, held_out: list[str], counts: Counter[str], names: dict[str, int] | None) -> None:
+        """Raises ValueError if all samples of a class are held out, so that none is trained on."""
+        if names is None:  # numbers may be no classes
+            return
+        shards = ShardSet(held_out)
+        found = Counter(shards.read(i).members.get("cls", b"").decode() for i in range(len(shards)))
+        for name, number in names.items():
+            count = counts[str(number)]
+            if count and found[str(number)] >= count:
+                raise ValueError(
+                    f"{', '.join(self.sources['train'])}: of class {name!r} there {'is' if count == 1 else 'are'} "
+                    f"{count} sample{'s'[: count > 1]}, and val_part {self.val_part} holds out all of it; add samples, "
+                    "leave the class out, or give val"
+                )
+
+
+def _counted(records: Iterator[Record], counts: Counter[str]) -> Iterator[Record]:
+    """The records, while their labels are counted."""
+    for record in records:
+        if record.label is not None:
+            counts[record.label] += 1
+        yield record
 
 
 def _example(out: Path, written: Written) -> str:
@@ -244,6 +291,12 @@ def _example(out: Path, written: Written) -> str:
 
 def _listed(sources: str | list[str] | None) -> list[str]:
     return [sources] if isinstance(sources, str) else list(sources or [])
+
+
+def _integers(labels: set[str]) -> set[int]:
+    """The numbers in all labels, or none if one of them is not whole."""
+    parts = {part for label in labels for part in label.replace(",", " ").split()}
+    return {int(part) for part in parts} if all(re.fullmatch(r"[+-]?[0-9]{1,18}", part) for part in parts) else set()
 
 
 def _is_number(label: str) -> bool:

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,19 @@ def test_what_changed_is_packed_anew(tmp_path: Path) -> None:
             lambda home: {**SOURCES["csv"](home), "val": table(home / "b/b.csv", range(4), lambda i: "pink")},
             r"b.csv: the labels 'pink' are not among the 4 of the training data",
         ),
+        (
+            lambda home: {**SOURCES["csv"](home), "val": table(home / "b/b.csv", range(4), lambda i: i)},
+            r"b.csv: the labels '0', '1', '2', '3' are not among the 4 of the training data",
+        ),
+        (
+            lambda home: {
+                "train": table(home / "a.csv", range(8), lambda i: i % 4),
+                "val": table(home / "b/b.csv", range(4)),
+                "image": "file",
+                "label": "colour",
+            },
+            r"b.csv: the labels 'blue', 'green', 'grey', 'red' are not among the numbers of train",
+        ),
         (lambda home: {**SOURCES["csv"](home), "val_part": 1e-9}, "val_part 1e-09 of 40 samples holds none out"),
         (lambda home: {**SOURCES["csv"](home), "packed_dir": "/proc/none"}, "packed_dir /proc/none cannot be written"),
     ],
@@ -208,13 +223,92 @@ def test_saved_datasets_that_are_not_what_they_seem(tmp_path: Path) -> None:
         mmssl.FilesData(str(tmp_path / "chosen"), **options).prepare_data()
 
 
-def test_more_classes_than_the_model_has(tmp_path: Path) -> None:
-    module = mmssl.ImageClassifier(**{**SCRATCH, "num_classes": 2})
-    data = mmssl.FilesData(image_folder(tmp_path / "images", range(8)), folder_labels=True, batch_size=4, num_workers=0)
-    with pytest.raises(
-        ValueError, match=r"has 4 classes \('blue', .*\), but num_classes is 2; set model.num_classes to 4"
-    ):
+@pytest.mark.parametrize(
+    ("source", "count", "message"),
+    [
+        ("folder", 2, r"has 4 classes \('blue', .*\), but num_classes is 2; set model.num_classes to 4$"),
+        (
+            "folder",
+            6,
+            r"4 classes .* but num_classes is 6; set model.num_classes to 4, or name all 6 in data.classes",
+        ),
+        (lambda i: i % 10, 8, "labels go from 0 to 9, but num_classes is 8; set model.num_classes to 10, or correct"),
+        (lambda i: i % 10 + 1, 10, "labels go from 1 to 10, but num_classes is 10; set model.num_classes to 11"),
+        (lambda i: i % 4 - 1, 4, "labels go from -1 to 2, but num_classes is 4; classes begin at 0"),
+    ],
+)
+def test_other_classes_than_the_model_has(source: Any, count: int, message: str, tmp_path: Path) -> None:
+    module = mmssl.ImageClassifier(**{**SCRATCH, "num_classes": count})
+    options: dict[str, Any] = {"batch_size": 4, "num_workers": 0}
+    if source == "folder":
+        data = mmssl.FilesData(image_folder(tmp_path / "images", range(8)), folder_labels=True, **options)
+    else:
+        data = mmssl.FilesData(table(tmp_path / "a.csv", range(20), source), image="file", label="colour", **options)
+    with pytest.raises(ValueError, match=message):
         trainer(tmp_path / "run", 1).fit(module, data)
+
+
+def test_numbers_that_are_no_classes_may_be_large(tmp_path: Path) -> None:
+    module = mmssl.ImageClassifier(**{**SCRATCH, "num_classes": 1, "target": "regression"})
+    source = table(tmp_path / "a.csv", range(8), lambda i: 5 * i)
+    data = mmssl.FilesData(source, image="file", label="colour", batch_size=4, num_workers=0)
+    trainer(tmp_path / "run", 1).fit(module, data)
+
+
+def test_a_class_of_which_all_is_held_out(tmp_path: Path) -> None:
+    """One rare picture is in training, another, by its key's hash, in what is held out: that one is named."""
+    said = []
+    for i in range(8):
+        home = tmp_path / str(i)
+        image_folder(home, range(20))
+        (home / "rare").mkdir()
+        (home / "rare" / f"{i}.png").write_bytes(picture(50))
+        data = mmssl.FilesData(str(home), folder_labels=True, val_part=0.5, batch_size=4, num_workers=0)
+        try:
+            data.prepare_data()
+            said.append("")
+            assert 4 in labels_of(data).values()
+        except ValueError as problem:
+            said.append(str(problem))
+    assert set(said) == {""} | {
+        f"{tmp_path / str(i)}: of class 'rare' there is 1 sample, and val_part 0.5 holds out all of it; add samples, "
+        "leave the class out, or give val"
+        for i in range(8)
+        if said[i]
+    }
+    assert 0 < said.count("") < 8
+
+
+def test_files_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the process that packs; every further use looks again, since files may have changed."""
+    looks = []
+    original = mmssl.FilesData._files
+    monkeypatch.setattr(mmssl.FilesData, "_files", lambda self, source: looks.append(source) or original(self, source))
+    source = image_folder(tmp_path / "images", range(8))
+    data = mmssl.FilesData(source, val=source, folder_labels=True, batch_size=4, num_workers=0)
+    run = trainer(tmp_path / "run", 1)
+    module = mmssl.ImageClassifier(**SCRATCH)
+    run.fit(module, data)
+    assert len(looks) == 2  # train and val
+    image_folder(tmp_path / "images", range(8, 12))
+    run.validate(module, data)
+    assert len(looks) == 4
+    assert len(labels_of(data)) == 12
+
+
+def test_a_script_without_a_guard(tmp_path: Path) -> None:
+    """Processes that pack do not run the user's script again."""
+    source = image_folder(tmp_path / "images", range(8))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('begins')\nimport mmssl\n"
+        f"mmssl.FilesData({source!r}, folder_labels=True, packed_dir='packed', batch_size=4).prepare_data()\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "begins"
+    assert done.stdout.count("begins") == 1
+    assert "packed 8 samples" in done.stdout
 
 
 def test_a_class_of_data_behind_plain_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

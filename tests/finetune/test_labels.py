@@ -1,6 +1,7 @@
 """Where labels come from, and what becomes of wrong ones."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,11 @@ def test_a_few_wrong_labels_are_replaced_and_named(tmp_path: Path) -> None:
 def test_too_many_wrong_labels_stop_the_run(tmp_path: Path) -> None:
     shard = write_labelled(tmp_path / "a.tar", 64, dict.fromkeys(range(0, 64, 2), 99))
     module = mmssl.ImageClassifier(**{**SCRATCH, "backbone_options": {**TINY, "img_size": 8}})
-    with pytest.raises(TooManyBadSamples, match="label_out_of_range"):
-        trainer(tmp_path, 30).fit(module, mmssl.DataModule(shard, batch_size=64, num_workers=0))
+    with pytest.raises(TooManyBadSamples, match="label_out_of_range") as caught:
+        trainer(tmp_path, 30).fit(module, mmssl.DataModule(shard, batch_size=8, num_workers=0))
+    bad, read = re.match(r"(\d+) of (\d+) samples cannot be used", str(caught.value)).groups()  # type: ignore[union-attr]
+    assert int(read) % 8 == int(bad) % 8  # those that were used come in whole batches
+    assert 0.3 < int(bad) / int(read) < 0.7
 
 
 def test_labels_from_a_json_field_train(tmp_path: Path) -> None:
