@@ -1,5 +1,7 @@
 """Each way out of an export works where only the packages are installed that docs/downstream.md names for it."""
 
+import itertools
+import json
 import re
 import shutil
 from pathlib import Path
@@ -114,6 +116,30 @@ def test_onnx_files_without_torch(home: Path):
     )
     wanted = expected(home)
     assert_equal(home / "onnx.npz", wanted, set(wanted) - {"pixels"}, 1e-5)
+
+
+TRANSFORMERS = """
+import numpy
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+seen = AutoImageProcessor.from_pretrained("exports/demo")([Image.open(f"{i}.png") for i in range(3)])
+encoded = AutoModel.from_pretrained("exports/demo")(**seen)
+numpy.savez(
+    "transformers.npz",
+    **{"image.tokens": encoded.last_hidden_state.detach(), "image.pooled": encoded.pooler_output.detach()},
+)
+texts = [open(f"{i}.txt").read() for i in range(3)]
+print(AutoTokenizer.from_pretrained("exports/demo")(texts, truncation=True)["input_ids"])
+"""
+
+
+def test_transformers_without_mmssl(home: Path):
+    """The image side and the tokenizer."""
+    environment = Environment(home / "transformers", named("transformers, image side and tokenizer"))
+    said = environment.run(TRANSFORMERS, home, NOT_MMSSL - {"transformers"} | {"mmssl", "simplejpeg", "jaxtyping"})
+    assert_equal(home / "transformers.npz", expected(home), {"image.tokens", "image.pooled"}, 1e-6)
+    rows = mmssl.load_backbone(home / "run").text([caption(i) for i in range(COUNT)])
+    assert list(itertools.chain(*json.loads(said.splitlines()[-1]))) == rows.input_ids.tolist()
 
 
 MMSSL = """

@@ -8,6 +8,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,12 @@ def write_onnx(model: Pretrained, folder: Path, kinds: Sequence[Kind], pool: Poo
         try:
             with _quiet():
                 _save(model, path, kind, pool)
-        except RuntimeError as error:  # torch.export's and torch.onnx's own errors among them
+        except (ValueError, OSError):
+            raise  # pooling that the backbone has not; a full disk
+        except Exception as error:  # versions that do not fit each other fail with anything
             raise ValueError(
-                f"torch {torch.__version__} cannot write {path.name} of {type(model.backbone.vit).__name__} "
-                f"({first_line(error)}); export without --onnx"
+                f"torch {torch.__version__} and onnxscript {version('onnxscript')} cannot write {path.name} of "
+                f"{type(model.backbone.vit).__name__} ({first_line(error)}); try other versions, or leave --onnx out"
             ) from error
         _compare(model, path, kind, pool)
 
