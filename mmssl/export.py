@@ -21,6 +21,7 @@ from typing import Any
 import timm
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -126,7 +127,7 @@ def write_export(
         if target.exists():
             raise ValueError(f"{target} came into being meanwhile, and nothing is overwritten; give another --out")
         temporary.rename(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         raise CheckpointError(
             f"cannot write {target}: {first_line(error)}; see to space and rights there, or give another --out"
         ) from error

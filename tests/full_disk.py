@@ -1,13 +1,26 @@
-"""A callback for tests: from a step on, one rank's disk is full, or its folder of checkpoints cannot be written."""
+"""A full disk for tests: around a block, or from a step on in one rank, or a folder that cannot be written."""
 
 import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
 from mmssl.training.saving import saver_of
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """No file of this process gets longer than so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class FullDisk(pl.Callback):

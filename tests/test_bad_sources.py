@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import full_disk
 
 import mmssl
 from mmssl.cli import main
+from mmssl.export import write_export
 from mmssl.pretrained.model import Pretrained
 from mmssl.pretrained.whole import CheckpointError
 
@@ -66,6 +68,15 @@ def test_an_export_without_its_weights(image_run: Path, tmp_path: Path):
     assert main(["export", str(image_run), "--out", str(tmp_path / "out")]) == 0
     (tmp_path / "out/model.safetensors").unlink()
     assert "model.safetensors: there is no such file" in refusal(lambda: mmssl.load_backbone(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("limit", [100, 100_000])  # in the first file, or in one behind it
+def test_an_export_on_a_full_disk(joint_run: Path, tmp_path: Path, limit: int):
+    """A real one, for safetensors reports it in its own way."""
+    with full_disk(limit):
+        line = refusal(lambda: write_export(joint_run, tmp_path / "out"))
+    assert f"cannot write {tmp_path / 'out'}: " in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_arguments_that_cannot_be(image_run: Path, joint_run: Path):

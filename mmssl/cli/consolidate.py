@@ -4,7 +4,8 @@ from pathlib import Path
 
 from mmssl.cli.keys import UsageError
 from mmssl.pretrained.sharded import TABLE
-from mmssl.pretrained.whole import latest_checkpoint, read_checkpoint, step_of
+from mmssl.pretrained.whole import CheckpointError, latest_checkpoint, read_checkpoint, step_of
+from mmssl.training.in_place import why_not_written
 from mmssl.training.saving import AtomicCheckpointIO
 
 
@@ -35,5 +36,12 @@ def consolidate(checkpoint: str, out: str = "") -> None:
         path = latest_checkpoint(path)
     if path.is_file():
         raise UsageError(f"{path} is one file already, which goes on anywhere")
-    AtomicCheckpointIO().save_checkpoint(read_checkpoint(path), target)
+    content = read_checkpoint(path)
+    try:
+        AtomicCheckpointIO().save_checkpoint(content, target)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"cannot write {target}: {why_not_written(error.__cause__ or error)}; see to space and rights there, "
+            "or give another --out"
+        ) from error
     print(f"{target}: step {step_of(path)} of {path}, {target.stat().st_size / 1e6:.1f} MB in one file")

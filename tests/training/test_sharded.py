@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forks import ends, start, together
+from full_disk import full_disk
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -331,6 +332,15 @@ def test_a_kill_between_two_renames_is_mended(saved: Path, tmp_path: Path, monke
     assert not path.exists()
     monkeypatch.setattr(os, "rename", real)
     assert latest_checkpoint(tmp_path, set_aside=True) == path
+
+
+def test_consolidate_on_a_full_disk(saved: Path, tmp_path: Path, capsys):
+    with full_disk(2_000):
+        assert main(["consolidate", str(saved), "--out", str(tmp_path / "one.ckpt")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"cannot write {tmp_path}/one.ckpt: " in line
+    assert line.endswith("; see to space and rights there, or give another --out")
+    assert not any("one.ckpt" in path.name for path in tmp_path.iterdir())
 
 
 def test_consolidate(saved: Path, tmp_path: Path, capsys):
