@@ -175,3 +175,6 @@ def test_a_graph_of_what_is_not_there(image_run: Path):
     backbone = mmssl.load_backbone(image_run)
     with pytest.raises(ValueError, match="knows no text"):
         export_graph(backbone, "pair")
+    with pytest.raises(ValueError, match=r"call \.eval\(\) before"):
+        export_graph(backbone.train(), "image")
+    assert backbone.backbone.vit.training

@@ -91,15 +91,20 @@ def export_graph(model: Pretrained, kind: Kind, pool: Pool | None = None) -> tor
         A program whose ``module()`` gives (tokens, pooled); ``torch.export.save`` writes it.
 
     Raises:
-        ValueError: text of a backbone without text, an unknown ``kind``, or pooling that the backbone has not.
+        ValueError: text of a backbone without text, an unknown ``kind``, pooling that the backbone has not, or a
+            backbone in training mode.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind is {kind!r}; choose one of {', '.join(get_args(Kind))}")
+    if model.training:
+        raise ValueError(
+            "the backbone is in training mode, and a graph drops no paths; call .eval() before"
+        )
     make = {"image": ImageGraph, "text": TextGraph, "pair": PairGraph}[kind]
     longest = model.backbone.max_text_tokens
     inputs = example(model, kind, 2, min(longest, 6))
     with torch.no_grad():
-        graph = make(model, pool).eval()
+        graph = make(model, pool).eval()  # the wrapper; the backbone is in evaluation mode already
         graph(**inputs)  # what cannot be is said here, in one line
         return torch.export.export(graph, (), inputs, dynamic_shapes=dynamic_shapes(model, kind))
 
