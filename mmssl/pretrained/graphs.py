@@ -97,9 +97,7 @@ def export_graph(model: Pretrained, kind: Kind, pool: Pool | None = None) -> tor
     if kind not in get_args(Kind):
         raise ValueError(f"kind is {kind!r}; choose one of {', '.join(get_args(Kind))}")
     if model.training:
-        raise ValueError(
-            "the backbone is in training mode, and a graph drops no paths; call .eval() before"
-        )
+        raise ValueError("the backbone is in training mode, and a graph drops no paths; call .eval() before")
     make = {"image": ImageGraph, "text": TextGraph, "pair": PairGraph}[kind]
     longest = model.backbone.max_text_tokens
     inputs = example(model, kind, 2, min(longest, 6))
