@@ -5,6 +5,8 @@ import os
 import pickle
 import resource
 import signal
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -407,6 +409,14 @@ def test_fingerprint(tmp_path: Path) -> None:
     assert ShardSet(list(reversed(expand(pattern)))).fingerprint != one
     assert ShardSet(expand(pattern)[:2]).fingerprint != one
     assert ShardSet(write_shards(tmp_path / "c", 12, prefix="x")).fingerprint != one
+
+
+def test_a_program_ends_in_silence(tmp_path: Path) -> None:
+    """Shards may still be open when Python has begun to empty its modules."""
+    script = f"from mmssl.data import shards\nshards.kept = shards.ShardSet({write_shards(tmp_path, 4)!r})\n"
+    script += "shards.kept.read(0)\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
