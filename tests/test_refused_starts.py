@@ -126,7 +126,23 @@ def test_devices_that_cannot_be(
     assert expected in refusal(capsys, *options)
 
 
-# ---- what it says of workers, once and in our words
+# ---- what it says of a run that it starts
+
+
+@pytest.mark.parametrize(("interval", "times"), [(3, 1), (2, 0)])
+def test_a_validation_that_never_comes(
+    toy_folder: Path,
+    real_config: str,
+    pair_shards: str,
+    capsys: pytest.CaptureFixture[str],
+    interval: int,
+    times: int,
+):
+    steps = ["--trainer.max_steps=2", "--model.init_args.warmup_steps=0", "--trainer.logger=false"]
+    options = [*steps, f"--data.val={pair_shards}", f"--trainer.val_check_interval={interval}"]
+    assert main(["fit", "--config", real_config, "--run", "runs/a", *options]) == 0
+    line = "mmssl: trainer.val_check_interval is 3 batches and the run has 2: it does not validate"
+    assert capsys.readouterr().out.count(line) == times
 
 
 def test_more_workers_than_cores(toy_folder: Path, real_config: str, capsys: pytest.CaptureFixture[str]):

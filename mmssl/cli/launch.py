@@ -298,6 +298,8 @@ class Launch(LightningCLI):
 
     def _check_schedule(self, trainer: pl.Trainer) -> None:
         """Raises ValueError where Trainer and model do not go together: before W&B has a run of it."""
+        if getattr(self.datamodule, "val", None) and is_rank_zero():
+            tell_of_no_validation(trainer)
         if isinstance(self.model, PretrainModule):
             try:
                 check_trainer(trainer, self.model.warmup_steps)
@@ -310,3 +312,16 @@ class Launch(LightningCLI):
         if subcommand == "predict":
             kwargs["return_predictions"] = False  # they are in files; keeping them would fill the memory
         return {**kwargs, "ckpt_path": self.checkpoint, "weights_only": True}
+
+
+def tell_of_no_validation(trainer: pl.Trainer) -> None:
+    """Say so where a run ends before its first validation."""
+    interval, batches = trainer.val_check_interval, trainer.max_steps * trainer.accumulate_grad_batches
+    if trainer.fast_dev_run or not trainer.limit_val_batches or not isinstance(interval, int):  # type: ignore[attr-defined]
+        return
+    if interval > batches > 0:
+        print(
+            f"mmssl: trainer.val_check_interval is {interval} batches and the run has {batches}: it does not "
+            "validate, and no best checkpoint is kept",
+            flush=True,
+        )
