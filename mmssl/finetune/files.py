@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from mmssl.curation.parallel import check_jobs
@@ -27,9 +28,10 @@ from mmssl.curation.writer import Written, write_shards
 from mmssl.data.datamodule import DataModule
 from mmssl.data.shards import ShardSet
 
-_FORMAT = 1  # raised when the same files would be packed otherwise
+_FORMAT = 2  # raised when the same files would be packed otherwise
 _MOST_SKIPPED = 0.01
 _CLASSES = "classes.json"
+_EVALUATES = (TrainerFn.VALIDATING, TrainerFn.TESTING, TrainerFn.PREDICTING)
 _RANGE = "range.json"  # the smallest and the largest label, where labels are whole numbers
 
 
@@ -42,7 +44,8 @@ class FilesData(DataModule):
     Args:
         train: a folder of images (captions beside them in .txt, labels in .cls or the folders' names), a CSV, TSV,
             JSONL or Parquet table, a folder of a data set that Hugging Face's ``datasets`` saved; or several of these.
-        val: the same for validation, test and predictions.
+        val: the same for validation, test and predictions.  Predictions need no labels; neither they nor a test need
+            ``train``'s files any more, if the run's folder has ``classes.json``.
         val_part: without ``val``, the part of ``train`` that is held out, by the hash of the sample's key.
         image, text, label, key: names of a table's columns.  A picture is a path (relative to the table) or its bytes.
         folder_labels: the name of the folder that an image lies in is its class.
@@ -72,8 +75,6 @@ class FilesData(DataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(train="", val=None, **kwargs)
-        if val is not None and val_part:
-            raise ValueError(f"val and val_part {val_part} are both given; choose one")
         if not 0 <= val_part < 1:
             raise ValueError(f"val_part is {val_part}; give a part of the samples from 0 to below 1, such as 0.1")
         if classes is not None and len(set(classes)) < len(classes):
@@ -84,76 +85,99 @@ class FilesData(DataModule):
         self.preparation = Preparation(short_side)
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         self.packed_dir = Path(packed_dir or os.path.join(cache, "mmssl", "packed")).expanduser()
-        self._folder_packed: Path | None = None  # by this process
+        self._found = False  # the shards, by this process
+        self._names: list[str] | None = None  # of the classes
+        self._ranges: dict[str, tuple[int, int]] = {}  # source: smallest and largest label, where they are numbers
 
     def prepare_data(self) -> None:
         """Pack, once per node; what is packed already is found again by the files' names, sizes and times."""
-        self._folder_packed = folder = self._folder_of_shards()
-        if not folder.is_dir():
-            self._pack(folder)
-        self._use(folder)
+        self._find(pack=True)
+        self._found = True
         super().prepare_data()
 
     def setup(self, stage: str) -> None:
-        folder = self._folder_packed or self._folder_of_shards()  # the files are looked at once, not twice
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is gone, or the files changed while the run began; start again")
-        self._use(folder)
+        if not self._found:  # the files are looked at once by every process, not twice
+            self._find(pack=False)
         if stage != "predict":
-            self._check_count(folder)
+            self._check_count()
         super().setup(stage)
         if stage == "fit":
-            self._tell_classes(folder)
+            self._tell_classes()
 
-    def _check_count(self, folder: Path) -> None:
+    def _find(self, pack: bool) -> None:
+        """Find the shards of both parts, or pack them.
+
+        Test and predictions of ``val`` do without ``train`` where that is gone; predictions need no labels.
+        """
+        doing = self.trainer.state.fn if self.trainer else None
+        evaluates = doing in _EVALUATES
+        val = self.sources["val"]
+        if val and self.val_part and not evaluates:
+            raise ValueError(f"val and val_part {self.val_part} are both given; choose one")
+        self._ranges = {}
+        if val and evaluates and not all(map(os.path.exists, self.sources["train"])):
+            self._names = self._names_of_the_run()
+        else:
+            folder = self._packed("train", [self.classes, self.val_part], pack)
+            self._names = _read(folder / _CLASSES)
+            self.train = {"train": {"shards": str(folder / "train-*.tar")}}
+            if (folder / "val-000000.tar").exists():
+                self.val = str(folder / "val-*.tar")
+        if val:
+            folder = self._packed("val", [self._names], pack, labelled=doing != TrainerFn.PREDICTING)
+            self.val = str(folder / "train-*.tar")
+
+    def _names_of_the_run(self) -> list[str] | None:
+        """The classes by number, from the options or from what the training left; None where neither has them."""
+        return self.classes or _read(Path(self._folder()) / _CLASSES)
+
+    def _check_count(self) -> None:
         """Raises ValueError if the files have other classes than the model."""
         module = self.trainer and self.trainer.lightning_module
         count, target = getattr(module, "num_classes", None), getattr(module, "target", None)
         if count is None or target is None or target.kind == "regression":
             return
-        what = ", ".join(self.sources["train"])
-        if (folder / _CLASSES).exists():
-            names = json.loads((folder / _CLASSES).read_text())
-            shown = ", ".join([*map(repr, names[:5]), *["..."][: len(names) > 5]])
-            if len(names) != count:
-                more = f", or name all {count} in data.classes" if len(names) < count else ""
-                raise ValueError(
-                    f"{what}: has {len(names)} classes ({shown}), but num_classes is {count}; "
-                    f"set model.num_classes to {len(names)}{more}"
-                )
-        if (folder / _RANGE).exists():
-            least, most = json.loads((folder / _RANGE).read_text())
+        if self._names is not None and len(self._names) != count:
+            found = len(self._names)
+            shown = ", ".join([*map(repr, self._names[:5]), *["..."][: found > 5]])
+            more = f", or name all {count} in data.classes" if found < count else ""
+            raise ValueError(
+                f"{', '.join(self.sources['train'])}: has {found} classes ({shown}), but num_classes is {count}; "
+                f"set model.num_classes to {found}{more}"
+            )
+        for what, (least, most) in self._ranges.items():
             if least < 0 or most >= count:
                 remedy = "classes begin at 0" if least < 0 else f"set model.num_classes to {most + 1}"
                 raise ValueError(
                     f"{what}: labels go from {least} to {most}, but num_classes is {count}; {remedy}, or correct them"
                 )
 
-    def _use(self, folder: Path) -> None:
-        self.train = {"train": {"shards": str(folder / "train" / "train-*.tar")}}
-        held_out = folder / "train" / "val-000000.tar"
-        if self.sources["val"]:
-            self.val = str(folder / "val" / "train-*.tar")
-        elif held_out.exists():
-            self.val = str(folder / "train" / "val-*.tar")
-
     @rank_zero_only
-    def _tell_classes(self, folder: Path) -> None:
-        if (folder / _CLASSES).exists():
-            with contextlib.suppress(OSError):  # a copy for a person
-                shutil.copyfile(folder / _CLASSES, Path(self._folder()) / _CLASSES)
+    def _tell_classes(self) -> None:
+        if self._names is not None:
+            with contextlib.suppress(OSError):
+                _write(Path(self._folder()) / _CLASSES, self._names)
 
     # ---- packing
 
-    def _folder_of_shards(self) -> Path:
-        """Named by all that decides what is packed."""
+    def _packed(self, part: str, options: list[Any], pack: bool, labelled: bool = True) -> Path:
+        """The folder of a part's shards, named by all that decides what is packed."""
         digest = hashlib.blake2b(digest_size=12)
-        options = [_FORMAT, vars(self.columns), self.folder_labels, self.classes, self.val_part, vars(self.preparation)]
-        digest.update(json.dumps([options, self.sources], sort_keys=True).encode())
-        for source in [*self.sources["train"], *self.sources["val"]]:
+        said = [_FORMAT, vars(self.columns), self.folder_labels, vars(self.preparation), self.sources[part], options]
+        digest.update(json.dumps(said, sort_keys=True).encode())
+        for source in self.sources[part]:
             for path, stat in self._files(source):
                 digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-        return self.packed_dir / digest.hexdigest()
+        folder = self.packed_dir / digest.hexdigest()
+        if not labelled and not folder.is_dir():
+            folder = folder.with_name(f"{folder.name}-unlabelled")
+        if not folder.is_dir() and not pack:
+            raise ValueError(f"{folder} is gone, or the files changed while the run began; start again")
+        if not folder.is_dir():
+            self._pack(part, folder, labelled)
+        if (found := _read(folder / _RANGE)) is not None:
+            self._ranges[", ".join(self.sources[part])] = found
+        return folder
 
     def _files(self, source: str) -> Iterator[tuple[str, os.stat_result]]:
         kind = kind_of(source)
@@ -170,14 +194,17 @@ class FilesData(DataModule):
         return records_of(sources, columns, False, False)
 
     def _labelled(self, part: str, names: dict[str, int] | None) -> Iterator[Record]:
-        """The records of a part, with their labels as numbers."""
+        """The records of a part, with their labels as numbers; of a label that has none, without."""
         for source in self.sources[part]:
             if self.folder_labels and kind_of(source) == "images":
-                yield from image_records(source, names)
+                known = names if names is not None and names.keys() >= classes_of([source]).keys() else None
+                yield from image_records(source, known)
                 continue
             for record in self._records([source]):
-                known = names is not None and record.label is not None
-                yield replace(record, label=str(names[record.label])) if known else record  # type: ignore[index]
+                if names is not None and record.label is not None:
+                    number = names.get(record.label)
+                    record = replace(record, label=None if number is None else str(number))
+                yield record
 
     def _said(self, part: str) -> set[str]:
         """The labels of a part as they stand: the folders' names, or a column's."""
@@ -189,27 +216,29 @@ class FilesData(DataModule):
                 found |= {record.label for record in self._records([source]) if record.label}
         return found
 
-    def _numbered(self, train: set[str], val: set[str]) -> dict[str, int] | None:
+    def _numbered(self, train: set[str]) -> dict[str, int] | None:
         """The number of every class by its name; None where labels are numbers, or none are known."""
         if self.classes is None and (not train or (not self.folder_labels and all(map(_is_number, train)))):
-            self._refuse("val", {label for label in val if train and not _is_number(label)}, "the numbers of train")
             return None
-        names = self.classes if self.classes is not None else sorted(train)
-        known = "classes" if self.classes is not None else "the training data"
-        for part, said in (("train", train), ("val", val)):
-            self._refuse(
-                part, said - set(names), f"the {len(names)} of {known} ({', '.join(map(repr, names[:5]))}, ...)"
-            )
-        return {name: number for number, name in enumerate(names)}
+        return {name: number for number, name in enumerate(self.classes or sorted(train))}
 
-    def _refuse(self, part: str, unknown: set[str], known: str) -> None:
+    def _refuse_unknown(self, part: str, said: set[str], names: dict[str, int] | None) -> None:
+        """Raises ValueError for labels that have no number."""
+        if names is None:
+            unknown, known = {label for label in said if not _is_number(label)}, "the numbers of train"
+        else:
+            whose = "classes" if self.classes is not None else "the training data"
+            shown = ", ".join(map(repr, [*names][:5]))
+            unknown, known = said - names.keys(), f"the {len(names)} of {whose} ({shown}, ...)"
         if unknown:
             shown = ", ".join(map(repr, sorted(unknown)[:5]))
             raise ValueError(f"{', '.join(self.sources[part])}: the labels {shown} are not among {known}; correct them")
 
-    def _pack(self, folder: Path) -> None:
-        train, val = self._said("train"), self._said("val")
-        names = self._numbered(train, val)
+    def _pack(self, part: str, folder: Path, labelled: bool) -> None:
+        said = self._said(part)
+        names = self._numbered(said) if part == "train" else _numbers_of(self._names)
+        if labelled:
+            self._refuse_unknown(part, said, names)
         try:
             self.packed_dir.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=".packing-", dir=self.packed_dir))
@@ -218,13 +247,11 @@ class FilesData(DataModule):
                 f"packed_dir {self.packed_dir} cannot be written ({error.strerror}); give another"
             ) from None
         try:
-            for part in ("train", "val"):
-                if self.sources[part]:
-                    self._write(part, temporary / part, names)
+            self._write(part, temporary, names)
             if names is not None:
-                (temporary / _CLASSES).write_text(json.dumps(list(names), indent=1, ensure_ascii=False) + "\n")
-            elif numbers := _integers(train | val):
-                (temporary / _RANGE).write_text(json.dumps([min(numbers), max(numbers)]) + "\n")
+                _write(temporary / _CLASSES, list(names))
+            elif numbers := _integers(said):
+                _write(temporary / _RANGE, [min(numbers), max(numbers)])
             with contextlib.suppress(OSError):  # another process packed the same, and was quicker
                 temporary.rename(folder)
             if not folder.is_dir():
@@ -287,6 +314,19 @@ def _example(out: Path, written: Written) -> str:
             first = json.loads(next(file))
         return f"{reasons}; the first: {json.dumps(first, ensure_ascii=False)}"
     return reasons or "there is none"
+
+
+def _numbers_of(names: list[str] | None) -> dict[str, int] | None:
+    return None if names is None else {name: number for number, name in enumerate(names)}
+
+
+def _read(path: Path) -> Any:
+    """What a JSON file holds; None if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _listed(sources: str | list[str] | None) -> list[str]:

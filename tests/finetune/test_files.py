@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -131,6 +132,50 @@ def test_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert "mmssl: packed" not in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "run/predictions/labels-0.jsonl").read_text().splitlines()]
     assert [row["truth"] for row in rows] == [sorted(NAMES).index(NAMES[i % 4]) for i in range(40, 43)]
+
+
+def test_predictions_of_pictures_without_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder of their own, while the config has val_part and folder_labels; then without the training files."""
+    monkeypatch.chdir(tmp_path)
+    image_folder(tmp_path / "photos", range(24))
+    (tmp_path / "new").mkdir()
+    for i in range(5):
+        (tmp_path / "new" / f"{i}.png").write_bytes(picture(i))
+    config = {
+        "model": {"class_path": "mmssl.ImageClassifier", "init_args": SCRATCH},
+        "data": {
+            "class_path": "mmssl.FilesData",
+            "init_args": {"train": "photos", "folder_labels": True, "val_part": 0.2, "batch_size": 8, "num_workers": 0},
+        },
+        "trainer": {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu", "devices": 1, "logger": False},
+    }
+    Path("c.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "c.yaml", "--run", "run"]) == 0
+    fresh = ["--run", "run", "--data.init_args.val", "new"]
+
+    def truths() -> dict[str, Any]:
+        lines = Path("run/predictions/labels-0.jsonl").read_text().splitlines()
+        return {row["key"]: row["truth"] for row in map(json.loads, lines)}
+
+    capsys.readouterr()
+    for _ in range(2):
+        assert main(["predict", *fresh]) == 0
+        assert truths() == {f"train-000000.tar/{i}": None for i in range(5)}
+    assert capsys.readouterr().out.count("mmssl: packed") == 1  # the new ones, once
+    assert main(["test", *fresh]) == 2
+    assert "new: the labels 'new' are not among the 4 of the training data" in capsys.readouterr().err
+
+    shutil.rmtree("photos")
+    image_folder(tmp_path / "more", range(30, 38))
+    for command in ("test", "predict"):
+        assert main([command, "--run", "run", "--data.init_args.val", "more"]) == 0
+    assert truths() == {
+        f"train-000000.tar/{NAMES[i % 4]}/{i}": sorted(NAMES).index(NAMES[i % 4]) for i in range(30, 38)
+    }
+    assert main(["test", "--run", "run"]) == 2
+    assert "photos: not found" in capsys.readouterr().err
 
 
 def test_what_changed_is_packed_anew(tmp_path: Path) -> None:
