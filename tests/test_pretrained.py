@@ -19,6 +19,7 @@ from runs import save_untrained, train
 from torch import Tensor
 
 import mmssl
+from mmssl.cli import main
 from mmssl.data.crops import ResizeCenterCrop
 from mmssl.data.images import decode_image, load_image
 from mmssl.draws import Draws
@@ -279,9 +280,12 @@ def test_a_sharded_checkpoint_runs_no_code(joint_run: Path, tmp_path: Path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_average_is_asked_for(tmp_path: Path, tokenizer_path: str, pair_shards: str, joint_run: Path):
+def test_the_average_is_asked_for(
+    tmp_path: Path, tokenizer_path: str, pair_shards: str, joint_run: Path, recwarn: pytest.WarningsRecorder
+):
     average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}
     run = train(tmp_path / "run", "MLM", pair_shards, [average], tokenizer=tokenizer_path, max_tokens=16)
+    assert not [warning for warning in recwarn if "WeightAveraging" in str(warning.message)]  # it is at its place
     content = torch.load(newest(run), weights_only=True)
     key = "network.backbone.text.position"
     online, ema = mmssl.load_backbone(run), mmssl.load_backbone(run, weights="ema")
@@ -290,6 +294,11 @@ def test_the_average_is_asked_for(tmp_path: Path, tokenizer_path: str, pair_shar
     assert not torch.equal(online.backbone.text.position, ema.backbone.text.position)
     with pytest.raises(ValueError, match="no EMA weights"):
         mmssl.load_backbone(joint_run, weights="ema")
+
+    assert main(["export", str(run), "--out", str(tmp_path / "out"), "--weights", "ema"]) == 0
+    exported = mmssl.load_backbone(tmp_path / "out")  # it holds one kind
+    assert exported.about["weights"] == "ema"
+    assert torch.equal(exported.backbone.text.position, ema.backbone.text.position)
 
 
 def assert_equal(one: mmssl.Pretrained, other: mmssl.Pretrained) -> None:

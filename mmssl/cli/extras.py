@@ -74,6 +74,7 @@ def quiet() -> None:
         ".*isinstance.treespec, LeafSpec.*",
         ".*sync_dist=True.*",  # what is logged is over all ranks already
         ".*This DataLoader will create .* worker processes.*",  # mmssl.data.loader says it in one line, once
+        ".*You're using the WeightAveraging callback.*",  # where it does not go, FSDP, it is refused
         ".*Total length of `list` across ranks is zero.*",  # a run without validation data
         # Inside a job it is worth reading; on a machine that merely has srun it says nothing.
         *((".*`srun` command is available.*",) if "SLURM_JOB_ID" not in os.environ else ()),
