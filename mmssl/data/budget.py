@@ -68,4 +68,6 @@ def worst_shards(bad: Counter[tuple[str, str]], bad_samples: str | None) -> str:
         shards.setdefault(shard, []).append(f"{n} x {reason}")
     worst = "; ".join(f"{shard}: {', '.join(reasons)}" for shard, reasons in list(shards.items())[:_NAMED])
     where = f"; all are listed in {bad_samples}" if bad_samples else ""
-    return f"worst shards: {worst}{where}. Repair or leave out these shards, or raise data.budget"
+    labels = any(reason == "label_out_of_range" for _, reason in bad)
+    asked = "Does num_classes fit these labels? Else repair" if labels else "Repair"
+    return f"worst shards: {worst}{where}. {asked} or leave out these shards, or raise data.budget"

@@ -55,13 +55,18 @@ def prepare_of(name: str, source: SourceConfig, prepare: Prepare, objective: str
     return own
 
 
+def _title(need: str) -> str:
+    return "label (.cls, or a field of .json that label_key names)" if need == "label" else need
+
+
 def check_members(shards: ShardSet, prepare: Prepare, objective: str) -> None:
     """Raises ShardError for the first shard that lacks what the objective needs; warns of members left out."""
     for shard in shards.shards:
         lacking = missing(prepare.needs, shard.extensions)
         if lacking:
+            absent = " and no ".join(map(_title, lacking))
             raise ShardError(
-                f"shard {shown(shard.path)}: has no {' and no '.join(lacking)} (found: {', '.join(shard.extensions)}); "
+                f"shard {shown(shard.path)}: has no {absent} (found: {', '.join(shard.extensions)}); "
                 f"{objective} needs {' and '.join(prepare.needs)} in every sample{_alone(prepare, lacking)}"
             )
     if "text" in prepare.needs and "txt" not in shards.shards[0].extensions:
