@@ -60,6 +60,8 @@ MODEL = (
     Rule("norm_pix_loss", "applied", "in the loss; its values do not compare with the earlier ones"),
     Rule("crop_scale", "applied", "in the loader"),
     Rule("flip", "applied", "in the loader"),
+    Rule("rand_augment", "applied", "in the loader"),
+    Rule("random_erasing", "applied", "in the loader"),
     Rule("pad_to_multiple_of", "applied", "in the loader"),
     Rule("mixup", "applied", "in every step"),
     Rule("cutmix", "applied", "in every step"),
