@@ -2,12 +2,15 @@
 
 import fractions
 import inspect
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import ends, fork
 from full_disk import full_disk
 
 import mmssl
@@ -77,6 +80,21 @@ def test_an_export_on_a_full_disk(joint_run: Path, tmp_path: Path, limit: int):
         line = refusal(lambda: write_export(joint_run, tmp_path / "out"))
     assert f"cannot write {tmp_path / 'out'}: " in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", ["mmssl.export.save_file", "mmssl.export._card", "os.fsync", "pathlib.Path.rename"])
+def test_a_killed_export_leaves_nothing_by_its_name(
+    joint_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+):
+    def export() -> None:
+        monkeypatch.setattr(moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        write_export(joint_run, tmp_path / "out")
+
+    (status,) = ends([fork(export)], 60)
+    assert status == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    write_export(joint_run, tmp_path / "out")  # what was left is in nobody's way
+    mmssl.load_backbone(tmp_path / "out")
 
 
 def test_arguments_that_cannot_be(image_run: Path, joint_run: Path):
