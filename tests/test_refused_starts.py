@@ -63,7 +63,7 @@ def test_a_folder_that_was_there_stays(toy_folder: Path, capsys: pytest.CaptureF
 def test_a_warm_up_that_is_too_long_is_refused_before_w_and_b_has_a_run(
     toy_folder: Path, real_config: str, capsys: pytest.CaptureFixture[str]
 ):
-    assert "warmup_steps is 30 but trainer.max_steps is 20" in refusal(capsys, config=real_config)
+    assert refusal(capsys, config=real_config).startswith("warmup_steps is 30 but trainer.max_steps is 20")
     assert not (toy_folder / "runs").exists()
 
 
@@ -141,7 +141,7 @@ def test_a_validation_that_never_comes(
     steps = ["--trainer.max_steps=2", "--model.init_args.warmup_steps=0", "--trainer.logger=false"]
     options = [*steps, f"--data.val={pair_shards}", f"--trainer.val_check_interval={interval}"]
     assert main(["fit", "--config", real_config, "--run", "runs/a", *options]) == 0
-    line = "mmssl: trainer.val_check_interval is 3 batches and the run has 2: it does not validate"
+    line = "mmssl: trainer.val_check_interval is 3 batches and the run has 2: it ends before its first validation"
     assert capsys.readouterr().out.count(line) == times
 
 

@@ -298,14 +298,14 @@ class Launch(LightningCLI):
 
     def _check_schedule(self, trainer: pl.Trainer) -> None:
         """Raises ValueError where Trainer and model do not go together: before W&B has a run of it."""
-        if getattr(self.datamodule, "val", None) and is_rank_zero():
-            tell_of_no_validation(trainer)
         if isinstance(self.model, PretrainModule):
             try:
                 check_trainer(trainer, self.model.warmup_steps)
             except ValueError as error:
                 error.told_by_rank_0 = not is_rank_zero()  # type: ignore[attr-defined]  # the same on all ranks
                 raise
+        if getattr(self.datamodule, "val", None) and is_rank_zero():
+            tell_of_no_validation(trainer)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -321,7 +321,7 @@ def tell_of_no_validation(trainer: pl.Trainer) -> None:
         return
     if interval > batches > 0:
         print(
-            f"mmssl: trainer.val_check_interval is {interval} batches and the run has {batches}: it does not "
-            "validate, and no best checkpoint is kept",
+            f"mmssl: trainer.val_check_interval is {interval} batches and the run has {batches}: it ends before "
+            "its first validation",
             flush=True,
         )
