@@ -38,6 +38,7 @@ from mmssl.pretrained.sources import (
     Weights,
     find_source,
     sha256,
+    trained_on,
     two_sides,
 )
 from mmssl.pretrained.transformers_files import AUTO_MAP, CODE, CODE_FILE, TOKENIZER_CONFIG_FILE, tokenizer_config
@@ -232,7 +233,7 @@ def _card(model: Pretrained, config: dict[str, Any], scores: dict[str, str]) -> 
         **{f"data: {name}": f"fingerprint {value}" for name, value in (about.get("data") or {}).items()},
         "mmssl": __version__,
     }
-    seen = _trained_on(about)
+    seen = trained_on(about)
     front = {
         "library_name": "transformers" if text else "timm",
         "pipeline_tag": "image-feature-extraction" if "image" in seen else "feature-extraction",
@@ -267,15 +268,11 @@ def _card(model: Pretrained, config: dict[str, Any], scores: dict[str, str]) -> 
     return "\n".join(lines)
 
 
-def _trained_on(about: dict[str, Any]) -> tuple[str, ...]:
-    return ("text",) if str(about.get("objective")).rpartition(".")[2] == "MLM" else ("image", "text")
-
-
 def _kinds(model: Pretrained) -> tuple[Kind, ...]:
     """What the backbone was trained to encode."""
     if model.tokenizer is None:
         return ("image",)
-    return ("image", "text", "pair") if "image" in _trained_on(model.about) else ("text",)
+    return ("image", "text", "pair") if "image" in trained_on(model.about) else ("text",)
 
 
 def _check_repository(name: str) -> None:

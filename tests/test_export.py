@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
-from pairs import caption, picture
+from pairs import TINY, caption, picture
 from runs import save_untrained
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
@@ -128,6 +128,37 @@ def test_a_fine_tuned_model_is_exported_like_any(joint_run: Path, tmp_path: Path
     assert torch.equal(
         mmssl.load_backbone(tmp_path / "out").backbone.vit.cls_token, tuned.network.backbone.vit.cls_token
     )
+
+
+@pytest.mark.parametrize(
+    ("task", "kinds"), [("TextClassifier", ("text",)), ("PairClassifier", ("image", "text", "pair"))]
+)
+def test_what_it_was_trained_on_outlives_fine_tuning(
+    task: str, kinds: tuple[str, ...], tmp_path: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A text model that was fine-tuned on texts knows no more of pictures than before."""
+    language = mmssl.MLM(tokenizer=tokenizer_path, backbone="vit_tiny_patch16_224", backbone_options=TINY)
+    (tmp_path / "mlm").mkdir()
+    (tmp_path / "mlm" / "config.yaml").write_text("model: {class_path: mmssl.MLM}")
+    for folder in (tmp_path, tmp_path / "mlm"):
+        shutil.copy(tokenizer_path, folder / "tokenizer.json")
+    first = getattr(mmssl, task)(num_classes=2, backbone=str(save_untrained(language, tmp_path / "mlm" / "a.ckpt")))
+    second = mmssl.TextClassifier(num_classes=2, backbone=str(save_untrained(first, tmp_path / "first.ckpt")))
+    resumed = mmssl.TextClassifier(
+        num_classes=2, tokenizer=tokenizer_path, backbone_name="vit_tiny_patch16_224", backbone_options=TINY
+    )
+    content = torch.load(save_untrained(second, tmp_path / "second.ckpt"), weights_only=True)
+    resumed.on_load_checkpoint(content)
+    path = save_untrained(resumed, tmp_path / "resumed.ckpt")
+    written: list[tuple[str, ...]] = []
+    monkeypatch.setattr(module, "write_onnx", lambda model, folder, kinds, pool: written.append(kinds))
+    write_export(path, tmp_path / "out", onnx=True)
+    write_export(tmp_path / "out", tmp_path / "again", onnx=True)
+    assert written == [kinds, kinds]
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert ("untrained" in card) == (kinds == ("text",))
+    tag = "image-feature-extraction" if "image" in kinds else "feature-extraction"
+    assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == tag
 
 
 def test_an_image_model_has_no_text_files(image_run: Path, tmp_path: Path):

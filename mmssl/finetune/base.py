@@ -12,6 +12,7 @@ from mmssl.finetune.lora import add_lora
 from mmssl.finetune.prepare import Tokens
 from mmssl.pretrained import Pretrained, load_backbone
 from mmssl.pretrained.lora import LORA
+from mmssl.pretrained.sources import TRAINED_ON, trained_on
 from mmssl.pretrained.whole import read_checkpoint
 from mmssl.training.module import PretrainModule
 
@@ -85,6 +86,7 @@ class FineTuned(PretrainModule):
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate is {drop_path_rate}; it must lie in [0, 1)")
         self.layer_decay, self._max_tokens = layer_decay, max_tokens
+        self._trained_on = set(self.needs)
         if backbone is not None and (backbone_name is not None or backbone_options):
             raise ValueError("backbone names a source, which knows its own model; leave out backbone_name and _options")
         if backbone is not None:
@@ -92,6 +94,7 @@ class FineTuned(PretrainModule):
                 backbone, weights=backbone_weights, img_size=img_size, drop_path_rate=drop_path_rate
             )
             encoder = pretrained.backbone.train()
+            self._trained_on |= trained_on(pretrained.about)
             self._take_tokenizer(backbone, pretrained, tokenizer)
         else:
             options = {"img_size": img_size, "drop_path_rate": drop_path_rate, **(backbone_options or {})}
@@ -139,8 +142,13 @@ class FineTuned(PretrainModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint[SHAPE] = self.network.backbone.arguments()
+        checkpoint[TRAINED_ON] = sorted(self._trained_on)
         if self._lora_scale is not None:
             checkpoint[LORA] = self._lora_scale
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._trained_on |= set(checkpoint.get(TRAINED_ON, ()))  # it was built without the source that it came from
 
     def metric_names(self) -> set[str]:
         """What a validation gives, without "val/": known before a run, so that callbacks can be held to it."""

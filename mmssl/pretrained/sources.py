@@ -37,6 +37,7 @@ IMAGE_FILE, TEXT_FILE, CONFIG_FILE, TOKENIZER_FILE = (
     "config.json",
     "tokenizer.json",
 )
+TRAINED_ON = "trained_on"  # of a fine-tuned checkpoint: "image", "text" or both, its source included
 _ANCHOR = "vit.patch_embed.proj.weight"  # a tensor that every backbone has
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -46,7 +47,8 @@ class Source:
     """A backbone on disk.
 
     ``tensors`` go by the names of :class:`mmssl.Backbone`; ``about`` is what is known of how they came to be, for a
-    model card (objective, step, data, recipe).
+    model card (objective, step, data, recipe).  ``averaged``: the run keeps an average of its weights, with which it
+    validates.
     """
 
     where: str
@@ -56,6 +58,7 @@ class Source:
     tokenizer: TextTokenizer | None
     weights: str
     about: dict[str, Any] = field(default_factory=dict)
+    averaged: bool = False
 
     @property
     def has_text(self) -> bool:
@@ -214,7 +217,7 @@ def _read_checkpoint(path: Path, weights: Weights) -> Source:
         state = online  # Lightning's WeightAveraging keeps the average in state_dict, and the weights in training here
     if online is None and weights == "ema":
         raise ValueError(f"{path} has no EMA weights: the run averaged none; leave weights at 'online'")
-    return _from_lightning(path, content, state, weights)
+    return _from_lightning(path, content, state, weights, online is not None)
 
 
 def _read_sharded(folder: Path, weights: Weights) -> Source:
@@ -230,10 +233,12 @@ def _read_sharded(folder: Path, weights: Weights) -> Source:
         state = beside
     elif any(name.startswith(part) for name in tensors):
         state = _Part(tensors, part)
-    return _from_lightning(folder, content, state, weights)
+    return _from_lightning(folder, content, state, weights, averaged)
 
 
-def _from_lightning(path: Path, content: dict[str, Any], state: Mapping[str, Tensor], weights: Weights) -> Source:
+def _from_lightning(
+    path: Path, content: dict[str, Any], state: Mapping[str, Tensor], weights: Weights, averaged: bool
+) -> Source:
     """A Source of what Lightning saved; the arguments of the objective say what to build."""
     check_format(content.get("mmssl_format"), str(path))
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
@@ -261,7 +266,16 @@ def _from_lightning(path: Path, content: dict[str, Any], state: Mapping[str, Ten
         "data": _fingerprints(content.get("DataModule")),
         "recipe": {k: v for k, v in arguments.items() if k not in ("_class_path", "_instantiator", "tokenizer")},
     }
-    return Source(str(path), arguments["backbone"], options, tensors, tokenizer, weights, about)
+    if TRAINED_ON in content:
+        about[TRAINED_ON] = content[TRAINED_ON]
+    return Source(str(path), arguments["backbone"], options, tensors, tokenizer, weights, about, averaged)
+
+
+def trained_on(about: Mapping[str, Any]) -> set[str]:
+    """Which of "image" and "text" a backbone was trained on, by what is known of it; both where nothing says so."""
+    if (recorded := about.get(TRAINED_ON)) is not None:
+        return set(recorded)
+    return {"text"} if str(about.get("objective")).rpartition(".")[2] == "MLM" else {"image", "text"}
 
 
 def _fingerprints(data: Any) -> dict[str, str]:
