@@ -14,9 +14,10 @@ import csv
 import inspect
 import json
 import os
+import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
@@ -35,6 +36,7 @@ from mmssl.pretrained.sources import (
     IMAGE_FILE,
     TEXT_FILE,
     TOKENIZER_FILE,
+    Source,
     Weights,
     find_source,
     sha256,
@@ -45,6 +47,15 @@ from mmssl.pretrained.transformers_files import AUTO_MAP, CODE, CODE_FILE, TOKEN
 from mmssl.pretrained.whole import FORMAT, CheckpointError, first_line
 
 CARD_FILE = "README.md"
+# What an export may write beside those files that every one has.
+_OPTIONAL_FILES = {
+    TEXT_FILE,
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    CODE_FILE,
+    *(f"{kind}.onnx{part}" for kind in get_args(Kind) for part in ("", ".data")),
+}
+_OWNER_AND_NAME = re.compile(r"(hf://)?[\w.-]+/[\w.-]+")
 
 
 def export(
@@ -103,6 +114,7 @@ def write_export(
         check_packages()
     found = find_source(run, weights)
     model = build(found)
+    model.about = without_paths(model.about)
     model.tokenizer = model.tokenizer and model.tokenizer.wrapping()
     image, text = two_sides(model.backbone.state_dict())
     config = _config(model, found.backbone, found.options)
@@ -119,7 +131,7 @@ def write_export(
             (temporary / TOKENIZER_CONFIG_FILE).write_text(json.dumps(about_tokens, indent=2) + "\n", encoding="utf-8")
             (temporary / CODE_FILE).write_text(CODE, encoding="utf-8")
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (temporary / CARD_FILE).write_text(_card(model, config, _scores(Path(run))), encoding="utf-8")
+        (temporary / CARD_FILE).write_text(_card(model, config, _scores(found)), encoding="utf-8")
         if onnx:
             write_onnx(model, temporary, _kinds(model), onnx_pool)
         for path in temporary.iterdir():
@@ -206,19 +218,47 @@ def _check_timm(config: dict[str, Any], image: dict[str, Tensor]) -> None:
         )
 
 
-def _scores(run: Path) -> dict[str, str]:
-    """The last value of every validation metric that the run logged."""
-    path = next((p for p in (run / "metrics.csv", run.parent.parent / "metrics.csv") if p.is_file()), None)
+def without_paths(value: Any) -> Any:
+    """What is known of a run, of every path only its last part: an export tells nothing of the machine."""
+    if isinstance(value, dict):
+        return {key: without_paths(inside) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(inside) for inside in value]
+    if isinstance(value, str) and not _OWNER_AND_NAME.fullmatch(value):
+        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+    return value
+
+
+def _scores(found: Source) -> list[str]:
+    """A line for every validation metric of the checkpoint's run: its last value up to the checkpoint, and the step."""
+    checkpoint, last_step = Path(found.where), found.about.get("step")
+    path = checkpoint.parent.parent / "metrics.csv"
+    if checkpoint.parent.name != "checkpoints" or not path.is_file() or last_step is None:
+        return []
+    content = path.read_text(encoding="utf-8", errors="replace")
     last: dict[str, str] = {}
-    if path is not None:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                last |= {key: f"{float(v):.4g}" for key, v in row.items() if key.startswith("val/") and v}
-    return last
+    for row in csv.DictReader(content[: content.rfind("\n") + 1].splitlines()):  # the last line may be half written
+        step = _number(row.pop("step", None))
+        if step is None or step > last_step:
+            continue
+        values = {name: _number(cell) for name, cell in row.items() if str(name).startswith("val/")}
+        last |= {name: f"- {name}: {v:.4g} (step {step:.0f})" for name, v in values.items() if v is not None}
+    lines = list(last.values())
+    if lines and found.averaged and found.weights == "online":
+        lines = ["These are of the average of the weights, with which the run was validated:", "", *lines]
+    return lines
 
 
-def _card(model: Pretrained, config: dict[str, Any], scores: dict[str, str]) -> str:
-    """The model card."""
+def _number(cell: str | None) -> float | None:
+    """The number in a cell; None for an empty or half-written one."""
+    try:
+        return float(cell or "")
+    except ValueError:
+        return None
+
+
+def _card(model: Pretrained, config: dict[str, Any], scores: list[str]) -> str:
+    """The model card; ``scores`` are lines."""
     about, text = model.about, model.tokenizer is not None
     sizes = f"{sum(p.numel() for p in model.backbone.parameters()) / 1e6:.1f} M parameters, {model.embed_dim} wide"
     facts = {
@@ -255,7 +295,7 @@ def _card(model: Pretrained, config: dict[str, Any], scores: dict[str, str]) -> 
     whole = 'model = transformers.AutoModel.from_pretrained("DIR", trust_remote_code=True)  # and AutoTokenizer; mmssl'
     lines += [whole, "```", ""] if text else ["```", ""]
     lines += ["## Scores on the run's validation data", ""]
-    lines += [f"- {name}: {value}" for name, value in scores.items()] or ["None was logged."]
+    lines += scores or ["None was logged."]
     lines += [
         "",
         "## Recipe",
@@ -290,6 +330,8 @@ def _check_repository(name: str) -> None:
 def upload(folder: Path, repository: str, public: bool, dry_run: bool) -> None:
     """Upload an exported folder to the Hugging Face hub, or say what would be.
 
+    Files that an earlier export left there and this one does not have, such as ONNX files of other weights, go.
+
     Raises:
         ValueError: no network, no login, or a refusal of the hub.
     """
@@ -304,7 +346,10 @@ def upload(folder: Path, repository: str, public: bool, dry_run: bool) -> None:
         return
     try:
         huggingface_hub.create_repo(repository, private=not public, exist_ok=True)
-        huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export of mmssl")
+        gone = sorted(_OPTIONAL_FILES - {path.name for path in files})
+        huggingface_hub.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="Export of mmssl", delete_patterns=gone
+        )
     except (OSError, HfHubHTTPError.__bases__[0]) as error:  # the base: what its HTTP library raises without a network
         raise ValueError(
             f"--push {repository}: the hub did not take it ({first_line(error)}); {folder} is written and whole: "

@@ -1,5 +1,6 @@
 """``mmssl export``: the folder opens in plain timm and in mmssl.load_backbone, and is whole or absent."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import timm
 import torch
 import yaml
+from huggingface_hub.utils import filter_repo_objects
 from pairs import TINY, caption, picture
-from runs import save_untrained
-from safetensors.torch import load_file
+from runs import SMALL, save_untrained, train
+from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 
 import mmssl
@@ -170,6 +172,85 @@ def test_an_image_model_has_no_text_files(image_run: Path, tmp_path: Path):
     assert mmssl.load_backbone(tmp_path / "out").tokenizer is None
 
 
+@pytest.fixture(scope="module")
+def averaged_run(pair_shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of 8 steps, validated with the average of its weights at 4 and 8."""
+    average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}
+    run = train(tmp_path_factory.mktemp("ema") / "run", "MAE", pair_shards, [average], lr=0.01, **SMALL)
+    assert main(["fit", "--run", str(run), "--resume", "--trainer.max_steps", "8"]) == 0
+    return run
+
+
+def scores(source: Path, out: Path, **options: Any) -> str:
+    """What the card of an export says of scores."""
+    write_export(source, out, **options)
+    return (out / "README.md").read_text().split("## Scores")[1].split("## Recipe")[0]
+
+
+@pytest.mark.parametrize("name", ["step=00000004.ckpt", "best.ckpt"])
+def test_the_scores_are_those_of_the_weights(averaged_run: Path, tmp_path: Path, name: str):
+    if name == "best.ckpt":
+        shutil.copytree(averaged_run, tmp_path / "run")
+        averaged_run = tmp_path / "run"
+        shutil.copy(averaged_run / "checkpoints" / "step=00000004.ckpt", averaged_run / "checkpoints" / name)
+    with (averaged_run / "metrics.csv").open(newline="") as file:
+        values = {int(row["step"]): f"{float(row['val/loss']):.4g}" for row in csv.DictReader(file) if row["val/loss"]}
+    assert values.keys() == {4, 8}
+    assert values[4] != values[8]
+    assert f"- val/loss: {values[4]} (step 4)\n" in scores(averaged_run / "checkpoints" / name, tmp_path / "4")
+    assert f"- val/loss: {values[8]} (step 8)\n" in scores(averaged_run, tmp_path / "8")
+
+
+def test_scores_of_an_average_are_no_scores_of_the_online_weights(averaged_run: Path, image_run: Path, tmp_path: Path):
+    said = "of the average of the weights"
+    assert said in scores(averaged_run, tmp_path / "online")
+    assert said not in scores(averaged_run, tmp_path / "ema", weights="ema")
+    assert said not in scores(image_run, tmp_path / "plain")
+
+
+def test_a_half_written_line_of_metrics_is_passed_over(image_run: Path, tmp_path: Path):
+    run = shutil.copytree(image_run, tmp_path / "run")
+    (run / "metrics.csv").write_text("step,val/loss,val/loss_image\n2,0.12,0.3\n3,1e-,0.4,7\nx\n4,0.1")
+    said = scores(run, tmp_path / "out")
+    assert "- val/loss: 0.12 (step 2)\n- val/loss_image: 0.4 (step 3)\n" in said
+    (run / "metrics.csv").write_text("")
+    assert "None was logged" in scores(run, tmp_path / "none")
+
+
+def test_no_path_of_the_machine_is_exported(image_run: Path, tmp_path: Path):
+    home = tmp_path / "somebody" / "secret"
+    (home / "weights").mkdir(parents=True)
+    options = {"weights": str(home / "weights" / "vit.safetensors"), **TINY}
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, **TINY["options"])
+    save_file(plain.state_dict(), options["weights"])
+    begun = {"backbone": "vit_tiny_patch16_224", "decoder_embed_dim": 32, "decoder_depth": 1}
+    one = save_untrained(mmssl.MAE(backbone_options=options, **begun), home / "one.ckpt")
+    two = save_untrained(mmssl.MAE(backbone_options=TINY, init_from=str(one), **begun), home / "two.ckpt")
+    tuned = save_untrained(mmssl.ImageClassifier(num_classes=2, backbone=str(two)), home / "tuned.ckpt")
+    for source, name in ((one, "vit.safetensors"), (two, "one.ckpt"), (tuned, "vit_tiny_patch16_224")):
+        folder = tmp_path / source.stem
+        write_export(source, folder)
+        for path in (folder / "README.md", folder / "config.json"):
+            content = path.read_text()
+            assert "somebody" not in content
+            assert "secret" not in content
+            assert name in content
+        assert_equal(mmssl.load_backbone(folder), mmssl.load_backbone(source))
+
+
+def test_names_that_are_no_paths_stay():
+    recipe = {
+        "init_from": "owner/name",
+        "again": "hf://owner/name",
+        "monitor": "val/loss",
+        "file": "~/a",
+        "at": "s3://b/c/d",
+    }
+    kept = {**recipe, "file": "a", "at": "d"}
+    assert module.without_paths({"x": [recipe, 1, None]}) == {"x": [kept, 1, None]}
+    assert module.without_paths(r"C:\Users\me\run") == "run"
+
+
 def test_the_card_says_where_it_comes_from(exported: Path):
     card = (exported / "README.md").read_text()
     front, recipe = card.split("---")[1], card.split("```yaml")[1].split("```")[0]
@@ -305,8 +386,14 @@ def test_a_mistyped_path_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_push(joint_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     calls: list[tuple[str, Any]] = []
+    deleted: list[str] = []
+
+    def upload(**options: Any) -> None:
+        calls.append((options["repo_id"], options["folder_path"]))
+        deleted.extend(options["delete_patterns"])
+
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **o: calls.append((name, o["private"])))
-    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **o: calls.append((o["repo_id"], o["folder_path"])))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
     command = ["export", str(joint_run), "--push", "someone/backbone", "--out"]
     assert main([*command, str(tmp_path / "dry"), "--dry_run"]) == 0
     said = capsys.readouterr().out
@@ -315,6 +402,16 @@ def test_push(joint_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert "model.safetensors" in said
     assert main([*command, str(tmp_path / "real")]) == 0
     assert calls == [("someone/backbone", True), ("someone/backbone", tmp_path / "real")]
+    there = [
+        "image.onnx",
+        "pair.onnx",
+        "pair.onnx.data",
+        "model.safetensors",
+        "text.safetensors",
+        "LICENSE",
+        "a/b.onnx",
+    ]
+    assert list(filter_repo_objects(there, allow_patterns=deleted)) == ["image.onnx", "pair.onnx", "pair.onnx.data"]
     assert main(["export", str(joint_run), "--out", str(tmp_path / "no"), "--push", "nobody"]) == 2
     assert "owner/name" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
