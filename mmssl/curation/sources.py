@@ -5,7 +5,8 @@ A source becomes records, in an order that does not change, before any picture o
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mmssl.curation.records import Record, extension_of, safe_key
 from mmssl.curation.tables import Columns, check_table, table_records
@@ -13,6 +14,7 @@ from mmssl.data.members import IMAGE_EXTENSIONS
 
 _BESIDE = {"txt": "text_path", "json": "json_path", "cls": "label_path"}
 TABLES = ("csv", "tsv", "jsonl", "ndjson", "parquet", "arrow")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _STATE = "state.json"  # of a data set that Hugging Face's datasets saved
 
 
@@ -142,14 +144,20 @@ def walk(folder: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def classes_of(folders: list[str]) -> dict[str, int]:
-    """Names of the folders that hold images, numbered in sorted order (as torchvision's ImageFolder does)."""
+    """Names of the folders that hold images, numbered in order; see :func:`in_order`."""
     names = {
         class_of(here)
         for folder in folders
         for here, files in walk(folder)
         if any(extension_of(name) in IMAGE_EXTENSIONS for name in files)
     }
-    return {name: number for number, name in enumerate(sorted(names))}
+    return {name: number for number, name in enumerate(in_order(names))}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Classes' names sorted (as torchvision's ImageFolder does), but as numbers where all are integers: 2 before 10."""
+    found = sorted(names)
+    return sorted(found, key=int) if all(map(_INTEGER.fullmatch, found)) else found
 
 
 def class_of(folder: str) -> str:

@@ -45,6 +45,7 @@ class Labels:
         if not self.required or not count:
             return
         reasons: Counter[str] = Counter()
+        first = ""
         values: list[int] = []
         for i in range(count):
             try:
@@ -52,6 +53,7 @@ class Labels:
                 return
             except BadSample as error:
                 reasons[error.reason] += 1
+                first = first or error.detail
                 if error.reason == "label_out_of_range":
                     values.append(int(error.detail.split()[0]))
         where = "in the .cls" if self.key is None else f"in the field {self.key!r} of the .json"
@@ -63,12 +65,22 @@ class Labels:
             )
         found = ", ".join(f"{n} x {reason}" for reason, n in reasons.most_common())
         raise ValueError(
-            f"none of {count} samples looked at has a label {where} ({found}; the first shard is "
-            f"{shards.shards[0].path}); set model.label_key to the json's field with the class, or null for .cls"
+            f"none of {count} samples looked at has a label {where} ({found}; the first: {first}; the first shard is "
+            f"{shards.shards[0].path}); {self._remedy(reasons)}"
         )
 
+    def _remedy(self, reasons: Counter[str]) -> str:
+        if "label_of_wrong_length" in reasons:
+            return "set model.num_classes to how many numbers a label has"
+        numbers = "numbers" if self.target.kind == "regression" else "whole numbers from 0"
+        source = "set model.label_key to the json's field with the label, or null for .cls; of plain files data.label"
+        return f"{self.target.kind} takes {numbers}; {source} names the column"
+
     def _read(self, sample: Sample) -> Any:
-        return self.target.read(self._text(sample) if self.key is None else self._field(sample, self.key))
+        if self.key is not None:
+            return self.target.read(self._field(sample, self.key))
+        text = self._text(sample)
+        return self.target.read([] if text.strip() == "[]" else text)  # as in a .json: none of them
 
     @staticmethod
     def _text(sample: Sample) -> str:

@@ -20,6 +20,7 @@ from test_classifiers import SCRATCH, trainer
 import mmssl
 from mmssl.cli import main
 from mmssl.data.shards import ShardSet
+from mmssl.finetune.packing import Files
 
 NAMES = list(COLOURS)
 
@@ -165,7 +166,7 @@ def test_predictions_of_pictures_without_labels(
         assert truths() == {f"train-000000.tar/{i}": None for i in range(5)}
     assert capsys.readouterr().out.count("mmssl: packed") == 1  # the new ones, once
     assert main(["test", *fresh]) == 2
-    assert "new: the labels 'new' are not among the 4 of the training data" in capsys.readouterr().err
+    assert "new: the labels 'new' are not among the 4 of run/classes.json" in capsys.readouterr().err
 
     shutil.rmtree("photos")
     image_folder(tmp_path / "more", range(30, 38))
@@ -176,6 +177,90 @@ def test_predictions_of_pictures_without_labels(
     }
     assert main(["test", "--run", "run"]) == 2
     assert "photos: not found" in capsys.readouterr().err
+
+
+def test_the_run_decides_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Names that changed behind a run's back are refused by test and --resume, and the run's folder stays as it was."""
+    monkeypatch.chdir(tmp_path)
+    for part, numbers in (("photos", range(32)), ("others", range(32, 40))):
+        for i in numbers:
+            path = tmp_path / part / ("dog", "yak")[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture(i))
+    config = {
+        "model": {"class_path": "mmssl.ImageClassifier", "init_args": {**SCRATCH, "num_classes": 2}},
+        "data": {
+            "class_path": "mmssl.FilesData",
+            "init_args": {
+                "train": "photos",
+                "val": "others",
+                "folder_labels": True,
+                "classes": None,
+                "batch_size": 8,
+                "num_workers": 0,
+            },
+        },
+        "trainer": {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu", "devices": 1, "logger": False},
+    }
+    Path("c.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "c.yaml", "--run", "run"]) == 0
+    names = Path("run/classes.json").read_text()
+    assert json.loads(names) == ["dog", "yak"]
+
+    def says(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main([*arguments[:1], "--run", "run", *arguments[1:]]) == 2
+        assert Path("run/classes.json").read_text() == names
+        return str(capsys.readouterr().err)
+
+    for part in ("photos", "others"):
+        Path(part, "yak").rename(Path(part, "ant"))
+    refused = "others: the labels 'ant' are not among the 2 of run/classes.json ('dog', 'yak'); correct them"
+    assert refused in says("test")
+    assert "photos: has the labels 'ant', but this run was trained with the 2 of run/classes.json; restore" in says(
+        "fit", "--resume", "--trainer.max_steps", "3"
+    )
+    assert "data.classes are other ones than those of run/classes.json" in says(
+        "test", "--data.init_args.classes", "[yak, dog]"
+    )
+
+    Path("others/ant").rename("others/yak")  # the run's numbers, whatever the training files are called by now
+    assert main(["predict", "--run", "run"]) == 0
+    rows = map(json.loads, Path("run/predictions/labels-0.jsonl").read_text().splitlines())
+    assert sorted((row["key"].split("/")[1], row["truth"]) for row in rows) == [("dog", 0)] * 4 + [("yak", 1)] * 4
+    Path("photos/ant").rename("photos/yak")
+    capsys.readouterr()
+    assert main(["fit", "--run", "run", "--resume", "--trainer.max_steps", "3"]) == 0
+    assert "mmssl: packed" not in capsys.readouterr().out
+    assert Path("run/classes.json").read_text() == names
+
+
+def test_held_out_samples_by_the_numbers_of_the_run(tmp_path: Path) -> None:
+    """With val_part: where a folder has gone, the other classes keep their numbers in a test."""
+    source = image_folder(tmp_path / "images", range(40))
+    options = {"folder_labels": True, "val_part": 0.3, "batch_size": 4, "num_workers": 0}
+    data, module = mmssl.FilesData(source, **options), mmssl.ImageClassifier(**SCRATCH)
+    trainer(tmp_path / "run", 1).fit(module, data)
+    shutil.rmtree(tmp_path / "images/blue")
+    trainer(tmp_path / "run", 1).test(module, data)
+    assert labels_of(data).items() <= {
+        (picture(i), sorted(NAMES).index(NAMES[i % 4])) for i in range(40) if NAMES[i % 4] != "blue"
+    }
+    (tmp_path / "run/classes.json").write_text('{"blue": 0}')
+    with pytest.raises(ValueError, match=r"run/classes\.json is no list of classes' names"):
+        trainer(tmp_path / "run", 1).test(module, data)
+
+
+def test_a_run_without_names_after_one_with_names(tmp_path: Path) -> None:
+    """In the same folder: the earlier one's classes do not decide for the later one's test."""
+    words = table(tmp_path / "a/a.csv", range(8))
+    numbers = table(tmp_path / "b/b.csv", range(8), lambda i: i % 4)
+    for source in (words, numbers):
+        data = mmssl.FilesData(source, source, image="file", label="colour", batch_size=4, num_workers=0)
+        run, module = trainer(tmp_path / "run", 1), mmssl.ImageClassifier(**SCRATCH)
+        run.fit(module, data)
+        assert (tmp_path / "run/classes.json").exists() == (source == words)
+        run.test(module, data)
 
 
 def test_what_changed_is_packed_anew(tmp_path: Path) -> None:
@@ -228,7 +313,7 @@ def test_what_changed_is_packed_anew(tmp_path: Path) -> None:
                 "image": "file",
                 "label": "colour",
             },
-            r"b.csv: the labels 'blue', 'green', 'grey', 'red' are not among the numbers of train",
+            r"b.csv: the labels 'blue', 'green', 'grey', 'red' are not among the numbers of the training data",
         ),
         (lambda home: {**SOURCES["csv"](home), "val_part": 1e-9}, "val_part 1e-09 of 40 samples holds none out"),
         (lambda home: {**SOURCES["csv"](home), "packed_dir": "/proc/none"}, "packed_dir /proc/none cannot be written"),
@@ -327,8 +412,8 @@ def test_a_class_of_which_all_is_held_out(tmp_path: Path) -> None:
 def test_files_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the process that packs; every further use looks again, since files may have changed."""
     looks = []
-    original = mmssl.FilesData._files
-    monkeypatch.setattr(mmssl.FilesData, "_files", lambda self, source: looks.append(source) or original(self, source))
+    original = Files.stats
+    monkeypatch.setattr(Files, "stats", lambda self: looks.append(str(self)) or original(self))
     source = image_folder(tmp_path / "images", range(8))
     data = mmssl.FilesData(source, val=source, folder_labels=True, batch_size=4, num_workers=0)
     run = trainer(tmp_path / "run", 1)
@@ -337,8 +422,8 @@ def test_files_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(looks) == 2  # train and val
     image_folder(tmp_path / "images", range(8, 12))
     run.validate(module, data)
-    assert len(looks) == 4
-    assert len(labels_of(data)) == 12
+    assert len(looks) == 3  # val, by the run's classes
+    assert len(ShardSet(data.val)) == 12
 
 
 def test_a_script_without_a_guard(tmp_path: Path) -> None:
