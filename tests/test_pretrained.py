@@ -112,6 +112,20 @@ def test_padding_changes_nothing(loaded: mmssl.Pretrained):
             assert torch.allclose(together_pair.tokens[i][together_pair.valid[i]], pair.tokens[0], atol=1e-5)
 
 
+def test_a_text_without_numbers_harms_no_other(joint_run: Path):
+    model = mmssl.load_backbone(joint_run)
+    long, short = caption(5), "red"
+    assert model.tokenizer is not None
+    (only, *_) = set(model.tokenizer.encode(long).ids.tolist()) - set(model.tokenizer.encode(short).ids.tolist())
+    with torch.no_grad():
+        model.backbone.text.token_embedding.weight[only] = float("nan")
+        both = model.encode_text([short, long], pool="mean")
+        alone = model.encode_text(short, pool="mean")
+    assert both.pooled[1].isnan().all()
+    torch.testing.assert_close(both.pooled[:1], alone.pooled, atol=1e-5, rtol=1e-5)
+    assert (both.tokens[0, ~both.valid[0]] == 0).all()
+
+
 def test_pictures_in_every_form_and_size(loaded: mmssl.Pretrained):
     with torch.no_grad():
         for size in (32, 57):

@@ -96,11 +96,19 @@ class FineTuned(PretrainModule):
             encoder = pretrained.backbone.train()
             self._trained_on |= trained_on(pretrained.about)
             self._take_tokenizer(backbone, pretrained, tokenizer)
+            limit = f"backbone {backbone} has"
         else:
             options = {"img_size": img_size, "drop_path_rate": drop_path_rate, **(backbone_options or {})}
             encoder = self._from_scratch(backbone_name, options, tokenizer)
+            limit = "backbone_options' max_text_tokens gives"
         if "text" not in self.needs:
             encoder.drop_text()
+        else:
+            self.max_tokens = max_tokens or encoder.max_text_tokens
+            if self.max_tokens > encoder.max_text_tokens:
+                raise ValueError(
+                    f"max_tokens is {max_tokens}, but {limit} {encoder.max_text_tokens} positions; give no more"
+                )
         encoder.freeze_unused(self.needs)
         freeze(encoder, frozen_layers)
         self._lora_scale = None
@@ -118,8 +126,7 @@ class FineTuned(PretrainModule):
         if tokenizer is None:
             raise ValueError("tokenizer is not given, and no pretrained backbone has one; name a tokenizer.json")
         self.tokenizer = TextTokenizer(tokenizer)
-        room = options.setdefault("max_text_tokens", self._max_tokens or 128)
-        self.max_tokens = self._max_tokens or room
+        options.setdefault("max_text_tokens", self._max_tokens or 128)
         return make_backbone(name, {**options, "vocab_size": self.tokenizer.vocab_size}, self.needs)
 
     def _take_tokenizer(self, source: str, pretrained: Pretrained, tokenizer: str | None) -> None:
@@ -132,12 +139,7 @@ class FineTuned(PretrainModule):
             )
         if tokenizer is not None and TextTokenizer(tokenizer).to_json() != pretrained.tokenizer.to_json():
             raise ValueError(f"tokenizer {tokenizer} is not the one of backbone {source}; leave it out")
-        room = pretrained.backbone.max_text_tokens
-        self.tokenizer, self.max_tokens = pretrained.tokenizer, self._max_tokens or room
-        if self.max_tokens > room:
-            raise ValueError(
-                f"max_tokens is {self.max_tokens}, but backbone {source} has {room} positions; give no more"
-            )
+        self.tokenizer = pretrained.tokenizer
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -103,10 +103,8 @@ class Classifier(FineTuned):
     def measure(self, prediction: Logits, batch: Batch) -> None:
         assert batch.labels is not None
         logits, labels = prediction.logits.float(), batch.labels
-        if batch.valid is not None:
-            logits, labels = logits[batch.valid], labels[batch.valid]
-        if len(labels):
-            self.metrics.update(*self.target.scores(logits, labels))
+        valid = torch.ones(len(labels), dtype=torch.bool, device=labels.device) if batch.valid is None else batch.valid
+        self.metrics.update(*self.target.scores(logits, labels, valid))
 
     def measured(self) -> dict[str, Tensor]:
         values = cast(dict[str, Tensor], self.metrics.compute())

@@ -6,7 +6,7 @@ from mmssl.backbone import Backbone
 
 
 def add_lora(backbone: Backbone, rank: int, alpha: int | None, dropout: float) -> float:
-    """Freeze the backbone and put low-rank adapters beside every linear layer of its blocks, in place.
+    """Freeze the backbone and put low-rank adapters beside its blocks' linear layers that were not frozen, in place.
 
     An adapter begins at zero: the outputs are at first those of the backbone.
 
@@ -32,8 +32,10 @@ def add_lora(backbone: Backbone, rank: int, alpha: int | None, dropout: float) -
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ValueError("lora_rank needs peft, which is not installed; pip install 'mmssl[lora]'") from None
+    linear = {name: part for name, part in backbone.vit.blocks.named_modules() if isinstance(part, nn.Linear)}
+    # What is frozen already is never reached (freeze_unused): an adapter there would get no gradient.
+    names = [f"vit.blocks.{name}" for name, part in linear.items() if part.weight.requires_grad]
     backbone.requires_grad_(False)
-    names = [f"vit.blocks.{name}" for name, part in backbone.vit.blocks.named_modules() if isinstance(part, nn.Linear)]
     for layer, block in enumerate(backbone.vit.blocks):
         # With biases of its own timm multiplies by the weight itself, not through the layer.
         if getattr(block.attn, "q_bias", None) is not None:

@@ -6,6 +6,7 @@ Axes: B samples, D width, K classes, T text tokens of the batch, S segments (B, 
 from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -58,6 +59,15 @@ class Mixing:
         return pixels, targets
 
 
+class Head(nn.Linear):
+    """A linear layer in float32 under autocast, too: bfloat16 would round a prediction to three digits."""
+
+    def forward(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
+        with torch.autocast(features.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(features.float(), self.weight.float(), bias)
+
+
 class ClassifierNetwork(nn.Module):
     """Batch to logits.
 
@@ -78,7 +88,7 @@ class ClassifierNetwork(nn.Module):
         check_pool(pool, backbone, needs)
         self.backbone, self.pool, self.frozen = backbone, pool, frozen
         norm = nn.BatchNorm1d(backbone.embed_dim, affine=False, eps=1e-6) if head_norm else nn.Identity()
-        linear = nn.Linear(backbone.embed_dim, num_classes)
+        linear = Head(backbone.embed_dim, num_classes)
         nn.init.trunc_normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
         self.head = nn.Sequential(norm, linear)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmssl.backbone import Backbone
 from mmssl.finetune.base import Pictured
-from mmssl.finetune.network import Pool, check_pool, pooled
+from mmssl.finetune.network import Head, Pool, check_pool, pooled
 from mmssl.finetune.prepare import PreparePair
 from mmssl.training.completion import Rows
 from mmssl.training.together import hear_all
@@ -38,8 +38,8 @@ class DualNetwork(nn.Module):
     def __init__(self, backbone: Backbone, embed_dim: int, pool: Pool, temperature: float) -> None:
         super().__init__()
         self.backbone, self.pool = backbone, pool
-        self.image_head = nn.Linear(backbone.embed_dim, embed_dim, bias=False)
-        self.text_head = nn.Linear(backbone.embed_dim, embed_dim, bias=False)
+        self.image_head = Head(backbone.embed_dim, embed_dim, bias=False)
+        self.text_head = Head(backbone.embed_dim, embed_dim, bias=False)
         for head in (self.image_head, self.text_head):
             nn.init.normal_(head.weight, std=backbone.embed_dim**-0.5)
         # One number on an axis of its own: FSDP2 cannot shard a scalar.
@@ -56,9 +56,9 @@ class DualNetwork(nn.Module):
         image = pooled(self.backbone(pixels), None, batch.size, self.pool)
         text = pooled(self.backbone(text=batch.text), batch.text, batch.size, self.pool)
         return Embeddings(
-            F.normalize(self.image_head(image).float(), dim=-1),
-            F.normalize(self.text_head(text).float(), dim=-1),
-            self.log_scale.clamp(max=_LARGEST_SCALE).exp(),
+            F.normalize(self.image_head(image), dim=-1),
+            F.normalize(self.text_head(text), dim=-1),
+            self.log_scale.exp(),
         )
 
 
@@ -121,10 +121,11 @@ class DualEncoder(Pictured):
         images, texts, use, first = self._of_all_ranks(image, text, valid)
         own = torch.arange(len(image), device=image.device) + first
         losses, hits = [], []
-        for mine, theirs in ((image, texts), (text, images)):
-            logits = (scale * mine @ theirs.T).masked_fill(~use, -math.inf)  # B, G
-            losses.append(F.cross_entropy(logits, own, reduction="none").masked_fill(~valid, 0.0))
-            hits.append(((logits.detach().argmax(-1) == own) & valid).sum().float())
+        with torch.autocast(image.device.type, enabled=False):  # which would round the products to bfloat16
+            for mine, theirs in ((image, texts), (text, images)):
+                logits = (scale * mine @ theirs.T).masked_fill(~use, -math.inf)  # B, G
+                losses.append(F.cross_entropy(logits, own, reduction="none").masked_fill(~valid, 0.0))
+                hits.append(((logits.detach().argmax(-1) == own) & valid).sum().float())
         count = valid.sum().float()
         return {
             "contrastive": Loss((losses[0] + losses[1]).sum() / 2, count),
@@ -141,6 +142,12 @@ class DualEncoder(Pictured):
         both = gather(torch.stack([image, text], 1), sync_grads=True).flatten(0, 1)  # ranks, B, 2, K -> G, 2, K
         use = gather(valid.float()).flatten() > 0.5
         return both[:, 0], both[:, 1], use, self.global_rank * len(image)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Keeps the temperature within bounds after a step: within the forward pass it could never come back."""
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            self.network.log_scale.clamp_(0, _LARGEST_SCALE)
 
     def measure(self, prediction: Embeddings, batch: Batch) -> None:
         chosen = slice(None) if batch.valid is None else batch.valid
@@ -161,11 +168,16 @@ class DualEncoder(Pictured):
         found = self(batch)
         valid = [True] * batch.size if batch.valid is None else batch.valid.tolist()
         rows = [
-            {"key": key, "image": [round(x, 6) for x in image], "text": [round(x, 6) for x in text]}
+            {"key": key, "image": _rounded(image), "text": _rounded(text)}
             for key, image, text, use in zip(batch.keys, found.image.tolist(), found.text.tolist(), valid, strict=True)
             if use
         ]
         return Rows("embeddings", rows)
+
+
+def _rounded(embedding: list[float]) -> list[float] | None:
+    """None where it is not finite: JSON knows no NaN."""
+    return [round(x, 6) for x in embedding] if all(map(math.isfinite, embedding)) else None
 
 
 def places_of_partners(query: Float[Tensor, "G K"], among: Float[Tensor, "G K"]) -> Float[Tensor, " G"]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision, MultilabelF1Score
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
@@ -19,6 +19,8 @@ from mmssl.types import BadSample
 
 Kind = Literal["class", "multilabel", "regression"]
 
+_PADDING = -1  # what the metrics take for the label of a sample that is padding
+_LARGEST = torch.finfo(torch.float32).max
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
@@ -61,12 +63,12 @@ class Target:
         """torchmetrics of the evaluation, by name."""
         raise NotImplementedError
 
-    def scores(self, logits: Float[Tensor, "B K"], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What the metrics take."""
-        return logits, labels
+    def scores(self, logits: Float[Tensor, "B K"], labels: Tensor, valid: Bool[Tensor, " B"]) -> tuple[Tensor, Tensor]:
+        """What the metrics take: of no valid sample, too, so that every rank's metrics have the same shapes."""
+        raise NotImplementedError
 
     def row(self, logits: Float[Tensor, " K"], label: Tensor) -> dict[str, Any]:
-        """A prediction as it is written to a file."""
+        """A prediction as it is written to a file; null, not NaN, where a logit is not finite."""
         raise NotImplementedError
 
 
@@ -91,17 +93,21 @@ class OneClass(Target):
         return {"accuracy": (logits.argmax(-1) == labels).sum().float()}
 
     def metrics(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"accuracy": MulticlassAccuracy(self.count, average="micro")}
+        common: dict[str, Any] = {"average": "micro", "ignore_index": _PADDING}
+        found: dict[str, Any] = {"accuracy": MulticlassAccuracy(self.count, **common)}
         if self.count > 5:
-            found["accuracy_top5"] = MulticlassAccuracy(self.count, top_k=5, average="micro")
+            found["accuracy_top5"] = MulticlassAccuracy(self.count, top_k=5, **common)
         return found
 
+    def scores(self, logits: Float[Tensor, "B K"], labels: Tensor, valid: Bool[Tensor, " B"]) -> tuple[Tensor, Tensor]:
+        return logits, labels.masked_fill(~valid, _PADDING)
+
     def row(self, logits: Float[Tensor, " K"], label: Tensor) -> dict[str, Any]:
-        truth = int(label)
+        truth, finite = int(label), _finite(logits)
         return {
-            "label": int(logits.argmax()),
+            "label": int(logits.argmax()) if finite else None,
             "truth": truth if truth >= 0 else None,
-            "probabilities": _rounded(torch.softmax(logits, -1)),
+            "probabilities": _rounded(torch.softmax(logits, -1)) if finite else None,
         }
 
 
@@ -112,6 +118,7 @@ class ManyClasses(Target):
     """
 
     kind: ClassVar[Kind] = "multilabel"
+    least: ClassVar[int] = 2
 
     def read(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -127,19 +134,19 @@ class ManyClasses(Target):
 
     def metrics(self) -> dict[str, Any]:
         return {
-            "mAP": MultilabelAveragePrecision(self.count, average="macro"),
-            "f1": MultilabelF1Score(self.count, average="macro"),
+            "mAP": MultilabelAveragePrecision(self.count, average="macro", ignore_index=_PADDING),
+            "f1": MultilabelF1Score(self.count, average="macro", ignore_index=_PADDING),
         }
 
-    def scores(self, logits: Float[Tensor, "B K"], labels: Tensor) -> tuple[Tensor, Tensor]:
-        return logits.sigmoid(), labels.long()
+    def scores(self, logits: Float[Tensor, "B K"], labels: Tensor, valid: Bool[Tensor, " B"]) -> tuple[Tensor, Tensor]:
+        return logits.sigmoid(), labels.long().masked_fill(~valid[:, None], _PADDING)
 
     def row(self, logits: Float[Tensor, " K"], label: Tensor) -> dict[str, Any]:
-        known = not bool(label.isnan().any())
+        known, finite = not bool(label.isnan().any()), _finite(logits)
         return {
-            "labels": torch.nonzero(logits > 0).flatten().tolist(),
+            "labels": torch.nonzero(logits > 0).flatten().tolist() if finite else None,
             "truth": torch.nonzero(label > 0.5).flatten().tolist() if known else None,
-            "probabilities": _rounded(logits.sigmoid()),
+            "probabilities": _rounded(logits.sigmoid()) if finite else None,
         }
 
 
@@ -171,8 +178,14 @@ class Numbers(Target):
             "r2": _R2(),
         }
 
+    def scores(self, logits: Float[Tensor, "B K"], labels: Tensor, valid: Bool[Tensor, " B"]) -> tuple[Tensor, Tensor]:
+        return logits[valid], labels[valid]
+
     def row(self, logits: Float[Tensor, " K"], label: Tensor) -> dict[str, Any]:
-        return {"values": _rounded(logits), "truth": None if bool(label.isnan().any()) else _rounded(label)}
+        return {
+            "values": _rounded(logits) if _finite(logits) else None,
+            "truth": None if bool(label.isnan().any()) else _rounded(label),
+        }
 
 
 class _R2(R2Score):
@@ -191,7 +204,7 @@ def make_target(kind: str, count: int) -> Target:
         raise ValueError(f"target is {kind!r}; choose class, multilabel or regression")
     chosen = _KINDS[kind]
     if count < chosen.least:
-        what = "classes to tell apart" if kind == "class" else "class" if kind == "multilabel" else "value"
+        what = "value" if kind == "regression" else "classes"
         raise ValueError(f"num_classes is {count}; there must be at least {chosen.least} {what}")
     return chosen(count)
 
@@ -215,9 +228,13 @@ def _number(value: Any) -> float:
         number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
-        raise BadSample("label_not_a_number", f"{shown} is no finite number")
+    if not abs(number) <= _LARGEST:  # NaN is not
+        raise BadSample("label_not_a_number", f"{shown} is no finite number of float32")
     return number
+
+
+def _finite(logits: Tensor) -> bool:
+    return bool(logits.isfinite().all())
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from mmssl.pretrained.model import Pool, Pretrained
+from mmssl.pretrained.model import Pool, Pretrained, zero_at_padding
 
 Kind = Literal["image", "text", "pair"]
 Features = tuple[Float[Tensor, "B K D"], Float[Tensor, "B D"]]  # tokens, pooled
@@ -37,7 +37,7 @@ class TextGraph(nn.Module):
 
     def forward(self, input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"]) -> Features:
         real = attention_mask != 0
-        tokens = _zero_at_padding(self.model.backbone.forward_padded(None, input_ids, real), real)
+        tokens = zero_at_padding(self.model.backbone.forward_padded(None, input_ids, real), real)
         return tokens, self.model.pooled(self.pool, None, [tokens], [real])
 
 
@@ -54,14 +54,10 @@ class PairGraph(nn.Module):
         real, backbone = attention_mask != 0, self.model.backbone
         x = backbone.forward_padded(self.model.normal(pixels), input_ids, real)
         prefix, patches, words = x.split([backbone.num_prefix_tokens, backbone.num_patches, input_ids.shape[1]], 1)
-        words = _zero_at_padding(words, real)
+        words = zero_at_padding(words, real)
         parts = [prefix, patches, words]
         valid = [real.new_ones(part.shape[:2]) for part in (prefix, patches)]
         return torch.cat(parts, 1), self.model.pooled(self.pool, prefix, parts, [*valid, real])
-
-
-def _zero_at_padding(tokens: Float[Tensor, "B L D"], real: Tensor) -> Float[Tensor, "B L D"]:
-    return torch.where(real[..., None], tokens, 0.0)  # a product would keep the NaN of a row that is all padding
 
 
 def example(model: Pretrained, kind: Kind, batch: int, length: int) -> dict[str, Tensor]:

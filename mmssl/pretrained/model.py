@@ -221,7 +221,7 @@ class Pretrained(nn.Module):
         place = torch.arange(min(text.max_seqlen, self.backbone.max_text_tokens), device=rows.device)
         valid = place < lengths[:, None]  # B, L
         index = (starts[:, None] + place).clamp(max=rows.shape[0] - 1)
-        return rows[index] * valid[..., None], valid
+        return zero_at_padding(rows[index], valid), valid
 
     def normal(self, pixels: UInt8[Tensor, "B 3 S S"] | Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:
         """Pixels as the backbone's patch embedding takes them."""
@@ -246,3 +246,8 @@ class Pretrained(nn.Module):
         start = 0 if prefix is None else 1  # prefix tokens are no content
         content, real = torch.cat(tokens[start:], 1), torch.cat(valid[start:], 1)
         return cast(Tensor, content.sum(1) / real.sum(1, keepdim=True).clamp(min=1))  # padding is zero
+
+
+def zero_at_padding(tokens: Float[Tensor, "B L D"], valid: Bool[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+    """A product would keep a NaN: of another text, or of a row that is all padding."""
+    return torch.where(valid[..., None], tokens, 0.0)

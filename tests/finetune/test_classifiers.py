@@ -128,6 +128,17 @@ def test_padding_has_no_part_in_loss_and_metrics() -> None:
     assert module.predict_step(padded, 0).rows == module.predict_step(alone, 0).rows
 
 
+def test_the_head_is_not_rounded_under_autocast() -> None:
+    module = mmssl.ImageClassifier(**SCRATCH).eval()
+    linear = module.network.head[1]
+    torch.nn.init.normal_(linear.weight)
+    features: list[torch.Tensor] = []
+    linear.register_forward_hook(lambda _, given, __: features.append(given[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = module(batch_of(module, range(8))).logits
+    torch.testing.assert_close(logits, features[0].float() @ linear.weight.T + linear.bias, atol=1e-5, rtol=1e-5)
+
+
 def test_top_five_where_classes_allow() -> None:
     few, many = (mmssl.ImageClassifier(**{**SCRATCH, "num_classes": n}) for n in (5, 6))
     assert set(few.metrics) == {"accuracy"}
@@ -221,6 +232,10 @@ def test_errors_of_text(pair_run: Path, pair_shards: str, tokenizer_path: str, t
         mmssl.TextClassifier(**SCRATCH)
     with pytest.raises(ValueError, match="16 positions"):
         mmssl.TextClassifier(num_classes=4, backbone=str(pair_run), max_tokens=17)
+    short = {**SCRATCH, "backbone_options": {**TINY, "max_text_tokens": 8}, "tokenizer": tokenizer_path}
+    assert mmssl.TextClassifier(**short).max_tokens == 8
+    with pytest.raises(ValueError, match="max_tokens is 9, but backbone_options' max_text_tokens gives 8 positions"):
+        mmssl.TextClassifier(**short, max_tokens=9)
     other = tmp_path / "other.json"
     other.write_text(Path(tokenizer_path).read_text() + "\n")
     with pytest.raises(ValueError, match="is not the one of backbone"):

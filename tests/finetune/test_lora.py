@@ -53,6 +53,20 @@ def test_adapters_begin_at_nothing_and_all_are_reached(name: str) -> None:
     assert not unreached  # timm multiplies by some layers' weights itself: these must have none
 
 
+@pytest.mark.parametrize("name", ["TextClassifier", "PairClassifier", "DualEncoder"])
+def test_all_adapters_are_reached_with_text_experts(name: str, tokenizer_path: str) -> None:
+    """Also of those that see texts alone: DDP ends at the first parameter without a gradient."""
+    options = {k: v for k, v in SCRATCH.items() if name != "DualEncoder" or k != "num_classes"}
+    options |= {"backbone_options": {**TINY, "experts": True}, "tokenizer": tokenizer_path, "max_tokens": 16}
+    module = getattr(mmssl, name)(**options, lora_rank=2)
+    batch = batch_of(module, range(4))
+    next(iter(module.compare(module(batch), batch).values())).total.backward()
+    assert not [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    adapted = {name for name, _ in module.named_parameters() if ".lora_A." in name}
+    assert any(".text_expert." in name for name in adapted)
+    assert any(".blocks.0.mlp." in name for name in adapted) == (name != "TextClassifier")
+
+
 def test_a_run_with_adapters_is_read_merged(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained through the command, resumed; load_backbone has the features of the model with its adapters."""
     monkeypatch.chdir(tmp_path)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from labelled import write_labelled
+from lightning import Callback
 from pairs import TINY, caption, picture
 from test_classifiers import trainer
 from transformers import CLIPConfig, CLIPModel
@@ -89,6 +91,53 @@ def test_pairs_find_each_other(module: mmssl.DualEncoder, tmp_path: Path) -> Non
     row = module.predict_step(batch_of(module, 3), 0).rows[1]
     assert (row["key"], len(row["image"]), len(row["text"])) == ("1", 16, 16)
     assert sum(x * x for x in row["image"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_temperature_at_its_limit_comes_back(module: mmssl.DualEncoder, tmp_path: Path) -> None:
+    """As in OpenCLIP: the limit holds after every step, and the gradient flows at it."""
+    limit = math.log(100)
+    torch.nn.init.constant_(module.network.log_scale, limit + 1)
+    seen: list[float] = []
+
+    class Note(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:  # where checkpoints are saved
+            seen.append(float(module.network.log_scale.detach()))
+
+    shard = write_labelled(tmp_path / "a.tar", 24)
+    run = trainer(tmp_path, 8, callbacks=[Note()])
+    module.warmup_steps, module.lr = 0, 3e-2
+    run.fit(module, mmssl.DataModule(shard, batch_size=12, num_workers=0))
+    assert seen[0] == pytest.approx(limit)
+    assert all(0 <= value <= limit + 1e-6 for value in seen)
+    assert seen[-1] < limit - 0.02  # pairs that are not yet found ask for a softer distribution
+
+
+def test_the_loss_is_not_rounded_under_autocast(module: mmssl.DualEncoder) -> None:
+    """Of bfloat16, cosines times 100 would keep no digit behind the point."""
+    batch = batch_of(module, 24)
+    torch.manual_seed(0)
+    image = F.normalize(torch.randn(24, 16), dim=-1)
+    text = F.normalize(image + 0.3 * torch.randn(24, 16), dim=-1)
+    grads, losses = [], []
+    for autocast in (False, True):
+        mine = image.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            total = module.compare(Embeddings(mine, text, torch.tensor([100.0])), batch)["contrastive"].total
+        total.backward()
+        grads.append(mine.grad)
+        losses.append(total.detach())
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(grads[1], grads[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(batch)
+    assert found.image.dtype == found.text.dtype == torch.float32
+
+
+def test_what_is_not_finite_is_predicted_as_null(module: mmssl.DualEncoder) -> None:
+    torch.nn.init.constant_(module.network.text_head.weight, math.nan)
+    row = module.predict_step(batch_of(module, 2), 0).rows[0]
+    assert row["text"] is None
+    assert len(row["image"]) == 16
 
 
 @pytest.mark.parametrize(

@@ -7,27 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import webdataset
+from labelled import write_labelled
 from pairs import TINY, picture
 from sklearn.metrics import average_precision_score, f1_score, log_loss, mean_absolute_error, r2_score
 from test_classifiers import trainer
 
 import mmssl
 from mmssl.draws import Draws
+from mmssl.finetune.network import Logits
 from mmssl.finetune.targets import make_target
-from mmssl.types import Batch, Sample
+from mmssl.types import BadSample, Batch, Sample
 
 SCRATCH: dict[str, Any] = {"backbone_name": "vit_tiny_patch16_224", "backbone_options": TINY}
-
-
-def labelled(path: Path, samples: int) -> str:
-    """Squares: their colour and their paper's as classes, their width and the colour's number as numbers."""
-    with webdataset.TarWriter(str(path)) as writer:
-        for i in range(samples):
-            colours = [i % 4, (i * 7 + i // 4) % 4]
-            fields = {"colours": colours, "red": [float(colours[0] == 0), 0.1 * colours[1]]}
-            writer.write({"__key__": f"{i:06d}", "png": picture(i), "json": json.dumps(fields).encode()})
-    return str(path)
 
 
 def batch_of(module: Any, labels: list[str]) -> Batch:
@@ -85,7 +76,7 @@ def test_numbers_equal_scikit_learns_figures(count: int) -> None:
 )
 def test_they_are_learnt(target: Any, key: str, metric: str, least: float, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    shard = labelled(tmp_path / "a.tar", 48)
+    shard = write_labelled(tmp_path / "a.tar", 48)
     count = 4 if target == "multilabel" else 2
     module = mmssl.ImageClassifier(
         num_classes=count, target=target, label_key=key, lr=3e-3, crop_scale=(0.9, 1.0), **SCRATCH
@@ -103,11 +94,50 @@ def test_predictions_need_no_labels(target: str) -> None:
     json.dumps(row, allow_nan=False)
 
 
+@pytest.mark.parametrize("target", ["class", "multilabel", "regression"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_predicted_as_null(target: str, bad: float) -> None:
+    kind = make_target(target, 3)
+    row = kind.row(torch.tensor([0.5, bad, 0.0]), kind.stack([kind.read("1 2 0" if target != "class" else "1")])[0])
+    truth = row.pop("truth")
+    assert truth is not None
+    assert set(row.values()) == {None}
+
+
+def test_numbers_are_those_that_float32_holds() -> None:
+    kind = make_target("regression", 1)
+    assert kind.stack([kind.read("3.4e38"), kind.read(-3.4e38)]).isfinite().all()
+    for label in ("1e39", -1e39, "nan", "1e999"):
+        with pytest.raises(BadSample, match="no finite number of float32") as caught:
+            kind.read(label)
+        assert caught.value.reason == "label_not_a_number"
+
+
+@pytest.mark.parametrize("target", ["class", "multilabel", "regression"])
+def test_padding_has_no_part_in_metrics(target: Any) -> None:
+    """Of no target, and where all is padding the metrics keep the shapes that the ranks exchange."""
+    torch.manual_seed(0)
+    module = mmssl.ImageClassifier(num_classes=6, target=target, **SCRATCH).eval()
+    labels = [f"{i}" if target == "class" else " ".join(str((i + k) % 6) for k in range(6)) for i in range(6)]
+    labels = [label[: 2 * i + 3] if target == "multilabel" else label for i, label in enumerate(labels)]
+    padded, alone, none = (batch_of(module, labels) for _ in range(3))
+    prediction = Logits(torch.randn(6, 6))
+    padded.valid[4:] = False
+    none.valid[:] = False
+    alone.labels, alone.valid = alone.labels[:4], None
+    module.measure(Logits(prediction.logits[:4]), alone)
+    expected = module.measured()
+    module.measure(prediction, none)
+    module.measure(prediction, padded)
+    assert module.measured() == expected
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"num_classes": 1}, "num_classes is 1; there must be at least 2 classes"),
-        ({"num_classes": 0, "target": "multilabel"}, "num_classes is 0; there must be at least 1 class"),
+        ({"num_classes": 0, "target": "regression"}, "num_classes is 0; there must be at least 1 value"),
+        ({"num_classes": 1, "target": "multilabel"}, "num_classes is 1; there must be at least 2 classes"),
         ({"target": "regression", "label_smoothing": 0.1}, "label_smoothing is 0.1"),
         ({"target": "regression", "mixup": 0.8}, "mixup 0.8 and cutmix 0.0 mix classes, but target is regression"),
     ],
