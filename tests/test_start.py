@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from pairs import TINY, caption
-from runs import SMALL, train
+from runs import SMALL, save_untrained, train
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -150,6 +150,71 @@ def test_one_line_for_what_cannot_be_a_beginning(tmp_path: Path, how: str, said:
     with pytest.raises((ValueError, CheckpointError), match=said) as raised:
         mmssl.MAE(backbone=VIT, backbone_options=options, init_from=str(path), **SMALL)
     assert "\n" not in str(raised.value)
+
+
+def other(**options: Any) -> Backbone:
+    return Backbone(VIT, **{**TINY, "options": {**TINY["options"], **options}})
+
+
+def test_another_number_of_heads_is_refused(image_run: Path):
+    """Of the same shapes, but another function."""
+    assert start_from(other(), str(image_run)).differs == []
+    with pytest.raises(
+        ValueError, match=r"^init_from: .*step=00000004.ckpt .* has 3 heads, the model 4; .* num_heads: 3"
+    ):
+        start_from(other(num_heads=4), str(image_run))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"act_layer": "relu"}, "blocks.mlp.act: GELU there, ReLU here"),
+        ({"norm_layer": "rmsnorm"}, "norm: LayerNorm there, RmsNorm here"),
+        ({"qk_norm": True}, "blocks.attn.q_norm: Identity there, LayerNorm here"),
+    ],
+)
+def test_what_changes_the_function_without_the_shapes_is_said(image_run: Path, options: dict[str, Any], said: str):
+    account = start_from(other(**options), str(image_run))
+    assert said in account.differs
+    assert "  differs   " in str(account)
+    assert said.partition(":")[0] in str(account)
+
+
+def test_other_rotary_positions_and_pixels_are_said(tmp_path: Path):
+    name = "eva02_tiny_patch14_224"
+    small = {"img_size": 32, "patch_size": 8, "options": {"embed_dim": 48, "depth": 1, "num_heads": 3}}
+    path = save_untrained(mmssl.MAE(backbone=name, backbone_options=small, **SMALL), tmp_path / "a.ckpt")
+    larger = {**small, "img_size": 48, "drop_path_rate": 0.1}
+    assert start_from(Backbone(name, **larger), str(path)).differs == []
+    options = {**small["options"], "rope_temperature": 50.0}
+    assert start_from(Backbone(name, **{**small, "options": options}), str(path)).differs == [
+        "rope.temperature: 10000.0 there, 50.0 here"
+    ]
+    path = save_untrained(mmssl.MAE(backbone=VIT, backbone_options=TINY, **SMALL), tmp_path / "b.ckpt")
+    account = start_from(Backbone("deit_tiny_patch16_224", **TINY), str(path))
+    assert account.differs == [
+        "pixel mean: (0.5, 0.5, 0.5) there, (0.485, 0.456, 0.406) here",
+        "pixel std: (0.5, 0.5, 0.5) there, (0.229, 0.224, 0.225) here",
+    ]
+
+
+def test_heads_of_a_file_of_weights_alone(tmp_path: Path):
+    official_mae(tmp_path / "mae.pth")
+    account = start_from(other(num_heads=4), str(tmp_path / "mae.pth"))
+    assert account.unchecked == "the file does not say how many heads its model has; this one has 4"
+    assert "unchecked" in str(account)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2)
+    save_file(vit.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
+    torch.save({"state_dict": vit.state_dict(), "arch": "vit_tiny_patch16_224"}, tmp_path / "timm.pth")
+    for path in (tmp_path / "model.safetensors", tmp_path / "timm.pth"):
+        account = start_from(Backbone(VIT, options={"depth": 2}), str(path))
+        assert (account.unchecked, account.differs) == ("", [])
+        with pytest.raises(ValueError, match="has 3 heads, the model 6"):
+            start_from(Backbone(VIT, options={"depth": 2, "num_heads": 6}), str(path))
+    # Of another width than the model of that name: somebody's own, of which the name says nothing.
+    save_file({**official_mae(tmp_path / "mae.pth")}, tmp_path / "model.safetensors")
+    assert "heads" in start_from(other(num_heads=4), str(tmp_path / "model.safetensors")).unchecked
 
 
 def test_two_beginnings_are_refused(tmp_path: Path):

@@ -6,6 +6,7 @@ or depth; or from a file with a vision transformer's weights alone, such as timm
 """
 
 import argparse
+import json
 import pickle
 import sys
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -24,6 +26,11 @@ from mmssl.pretrained.sources import CONFIG_FILE, Source, find_source
 from mmssl.pretrained.whole import CheckpointError, first_line, why_unreadable
 
 _ANCHOR = "patch_embed.proj.weight"
+# Attributes of layers that are sizes, which tensors' shapes tell, or change nothing in what comes out.
+_NO_TRAITS = {
+    *("training", "inplace", "fused_attn", "in_features", "out_features", "normalized_shape", "num_prefix_tokens"),
+    *("head_dim", "scale", "dim", "depth", "feat_shape"),
+}
 _SPECIALS = ("pad_id", "unk_id", "cls_id", "sep_id", "mask_id")
 
 
@@ -38,6 +45,8 @@ class Account:
     copied: list[str] = field(default_factory=list)  # text experts, from the picture's feed-forward
     left_out: list[str] = field(default_factory=list)
     words: str = ""
+    differs: list[str] = field(default_factory=list)  # what changes the function, but no shape
+    unchecked: str = ""
 
     def __str__(self) -> str:
         lines = [
@@ -46,6 +55,8 @@ class Account:
         ]
         lines += [f"  resized   {line}" for line in self.resized]
         lines += [f"  words     {self.words}"] if self.words else []
+        lines += [f"  differs   {line}" for line in self.differs]
+        lines += [f"  unchecked {self.unchecked}"] if self.unchecked else []
         experts = ("copied", [f"{name} from the picture's" for name in self.copied])
         for title, names in (("new", self.new), experts, ("left out", self.left_out)):
             if names:
@@ -59,10 +70,12 @@ def start_from(backbone: Backbone, source: str, tokenizer: TextTokenizer | None 
 
     Positions of pictures and patch embeddings are resampled as timm does.  With another tokenizer, tokens of the same
     spelling keep their embedding.  Of more text positions than there were, the further ones are new.  New text experts
-    are copies of the picture's feed-forward networks.
+    are copies of the picture's feed-forward networks.  What differs between the models beside shapes, such as the kind
+    of a norm, is in the account.
 
     Raises:
-        ValueError: there is nothing at ``source``, it holds no transformer's weights, or one of another width.
+        ValueError: there is nothing at ``source``, it holds no transformer's weights, or one of another width or number
+            of heads.
         CheckpointError: a file is damaged or cut short.
     """
     found = None if _is_weights_file(Path(source)) else find_source(source)
@@ -70,10 +83,14 @@ def start_from(backbone: Backbone, source: str, tokenizer: TextTokenizer | None 
     if found is None:
         raw = {f"vit.{name}": tensor for name, tensor in _image_weights(Path(source)).items()}
         account = Account(source)
+        theirs = _named_model(Path(source), backbone)
     else:
         raw = found.tensors
         known = (found.about.get("objective"), f"step {found.about.get('step')}", f"{found.weights} weights")
         account = Account(f"{found.where} ({', '.join(str(k) for k in known if k)})")
+        shape: dict[str, Any] = {key: found.options.get(key) for key in ("img_size", "patch_size", "options")}
+        with torch.device("meta"):
+            theirs = Backbone(found.backbone, **shape).vit
     state = _at_our_size(backbone, raw)
     ours = backbone.state_dict()
     with torch.no_grad():
@@ -92,6 +109,7 @@ def start_from(backbone: Backbone, source: str, tokenizer: TextTokenizer | None 
     if not account.taken:
         raise ValueError(f"init_from: nothing of {source} fits {type(backbone.vit).__name__}; name its own model")
     account.left_out = [name for name in raw if name not in ours]
+    _compare(backbone.vit, theirs, account)
     return account
 
 
@@ -134,6 +152,57 @@ def _image_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"init_from: {path} holds no vision transformer (no {_ANCHOR}); give timm's or MAE's weights")
     prefix = anchor.removesuffix(_ANCHOR)
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _named_model(path: Path, backbone: Backbone) -> Any:
+    """The model that a file of weights names, without memory behind it; None where it names none of this width."""
+    beside = path.with_name(CONFIG_FILE)
+    try:
+        if path.suffix != ".safetensors":
+            content = _load(path)
+            name, arguments = content["arch"], dict[str, Any]()  # as timm's training writes it
+        else:
+            content = json.loads(beside.read_text(encoding="utf-8"))  # as in a folder of timm's
+            name, arguments = content["architecture"], content.get("model_args") or {}
+        with torch.device("meta"):
+            vit: Any = timm.create_model(name.partition(".")[0], **{"num_classes": 0, **arguments})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):  # it says nothing that timm knows
+        return None
+    return vit if type(vit) is type(backbone.vit) and vit.embed_dim == backbone.embed_dim else None
+
+
+def _compare(ours: Any, theirs: Any, account: Account) -> None:
+    """Note what shapes do not tell; another number of heads is refused, for weights of other heads mean nothing."""
+    here = ours.blocks[0].attn.num_heads
+    if theirs is None:
+        account.unchecked = f"the file does not say how many heads its model has; this one has {here}"
+        return
+    if (there := theirs.blocks[0].attn.num_heads) != here:
+        raise ValueError(
+            f"init_from: {account.source} has {there} heads, the model {here}; give the model as many "
+            f"(backbone_options: options: num_heads: {there})"
+        )
+    mine, its = _traits(ours), _traits(theirs)
+    account.differs = [
+        f"{name}: {its[name]} there, {value} here" for name, value in mine.items() if its.get(name, value) != value
+    ]
+
+
+def _traits(vit: Any) -> dict[str, Any]:
+    """What decides the function of a transformer beside its tensors: kinds of layers, their numbers and switches."""
+    traits: dict[str, Any] = {f"pixel {key}": tuple(vit.pretrained_cfg[key]) for key in ("mean", "std")}
+    parts = {"blocks": vit.blocks[0], "norm_pre": vit.norm_pre, "norm": vit.norm}
+    traits["rope"] = type(rope := getattr(vit, "rope", None)).__name__
+    for title, part in {**parts, **({"rope": rope} if rope is not None else {})}.items():
+        for name, layer in part.named_modules():
+            place = f"{title}.{name}".removesuffix(".")
+            if place != "blocks" and "drop" not in name and "text_expert" not in name:
+                traits[place] = type(layer).__name__
+                said = {
+                    key: value for key, value in vars(layer).items() if isinstance(value, int | float | str | tuple)
+                }
+                traits |= {f"{place}.{key}": said[key] for key in said if key[0] != "_" and key not in _NO_TRAITS}
+    return traits
 
 
 def _at_our_size(backbone: Backbone, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
