@@ -222,6 +222,14 @@ def test_classes_from_folders(tmp_path: Path) -> None:
     }
 
 
+def test_classes_from_folders_named_by_integers(tmp_path: Path) -> None:
+    for i in range(12):
+        (tmp_path / "source" / str(i)).mkdir(parents=True)
+        (tmp_path / "source" / str(i) / "a.jpg").write_bytes(picture(i))
+    assert main(["shards", "write", "source", "--out", "out", "--labels", "folder", "--jobs", "1"]) == 0
+    assert {key: m["cls"] for key, m in read("out").items()} == {f"{i}/a": str(i).encode() for i in range(12)}
+
+
 def test_what_img2dataset_laid_into_a_folder_comes_back(tmp_path: Path) -> None:
     folder = tmp_path / "source"
     folder.mkdir()

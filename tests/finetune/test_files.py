@@ -134,6 +134,13 @@ def test_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     rows = [json.loads(line) for line in (tmp_path / "run/predictions/labels-0.jsonl").read_text().splitlines()]
     assert [row["truth"] for row in rows] == [sorted(NAMES).index(NAMES[i % 4]) for i in range(40, 43)]
 
+    lines = (tmp_path / "b/val.csv").read_text().splitlines()
+    (tmp_path / "b/new.csv").write_text("".join(line.rpartition(",")[0] + "\n" for line in lines))  # without the label
+    fresh = ["--data.init_args.val", str(tmp_path / "b/new.csv"), "--data.init_args.label", "null"]
+    assert main(["predict", "--run", run, *fresh]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/predictions/labels-0.jsonl").read_text().splitlines()]
+    assert [row["truth"] for row in rows] == [None] * 3
+
 
 def test_predictions_of_pictures_without_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -70,6 +70,15 @@ def test_wrong_labels_have_a_reason(read: Callable[[], int], reason: str) -> Non
     assert caught.value.reason == reason
 
 
+def test_none_of_the_classes() -> None:
+    """[] in a .cls, as in a .json; what is empty is not known."""
+    assert of(b"[]\n", target=ManyClasses(3)) == of(fields=b'{"k": []}', key="k", target=ManyClasses(3)) == [0, 0, 0]
+    for target, reason in ((OneClass(3), "label_not_a_number"), (Numbers(1), "no_label")):
+        with pytest.raises(BadSample) as caught:
+            of(b"[]", target=target)
+        assert caught.value.reason == reason
+
+
 def test_nothing_is_required_where_labels_are_not() -> None:
     assert Labels(OneClass(10), required=False).of(Sample("a", "a.tar", {})) == -1
     assert Labels(OneClass(10), required=False).of(Sample("a", "a.tar", {"cls": b"3"})) == 3
@@ -80,8 +89,11 @@ def test_nothing_is_required_where_labels_are_not() -> None:
     [
         (12, {}, r"all 16 labels looked at in the \.cls lie outside 0 to 3 \(they go from 12 to 12.*num_classes to 13"),
         (-3, {}, r"they go from -3 to -3, num_classes is 4\); classes begin at 0"),
-        ("cat", {}, r"none of 16 samples.*16 x label_not_a_number.*model.label_key"),
-        (None, {}, r"none of 16 samples.*16 x no_label"),
+        ("cat", {}, r"none of 16.*16 x label_not_a_number; the first: 'cat' is no integer;.*label_key.*data\.label"),
+        ("3.0", {}, r"the first: '3\.0' is no integer; .*class takes whole numbers from 0"),
+        ("1 2", {"target": "regression"}, r"16 x label_of_wrong_length; the first: 2 numbers, not 4;.*num_classes"),
+        ("x", {"target": "regression"}, r"the first: \"x\" is no finite number.*regression takes numbers;"),
+        (None, {}, r"none of 16 samples.*16 x no_label; the first: no \.cls; members "),
         (1, {"label_key": "shape"}, r"field 'shape' of the \.json \(16 x no_label"),
     ],
 )
