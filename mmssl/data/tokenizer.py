@@ -163,6 +163,11 @@ class TextTokenizer:
         return f"TextTokenizer({self.path!r}, vocab_size={self.vocab_size})"
 
 
+def beginning(ids: NDArray[np.integer], max_tokens: int) -> NDArray[np.integer]:
+    """A text cut to ``max_tokens``: its beginning, and [SEP] stays last."""
+    return ids if len(ids) <= max_tokens else np.append(ids[: max_tokens - 1], ids[-1])
+
+
 def _from_json(serialized: str, path: str) -> TextTokenizer:
     tokenizer = TextTokenizer.__new__(TextTokenizer)
     tokenizer._load(serialized, path)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from mmssl.backbone import Backbone, Encoded
+from mmssl.backbone import Backbone, Encoded, Normalizes
 from mmssl.draws import mix
 from mmssl.types import Batch, Text, segment_ids
 
@@ -68,7 +68,7 @@ class Head(nn.Linear):
             return F.linear(features.float(), self.weight.float(), bias)
 
 
-class ClassifierNetwork(nn.Module):
+class ClassifierNetwork(Normalizes):
     """Batch to logits.
 
     Args:
@@ -84,7 +84,7 @@ class ClassifierNetwork(nn.Module):
     def __init__(
         self, backbone: Backbone, needs: tuple[str, ...], num_classes: int, pool: Pool, frozen: bool, head_norm: bool
     ) -> None:
-        super().__init__()
+        super().__init__(backbone.pixel_mean, backbone.pixel_std)
         check_pool(pool, backbone, needs)
         self.backbone, self.pool, self.frozen = backbone, pool, frozen
         norm = nn.BatchNorm1d(backbone.embed_dim, affine=False, eps=1e-6) if head_norm else nn.Identity()
@@ -92,10 +92,6 @@ class ClassifierNetwork(nn.Module):
         nn.init.trunc_normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
         self.head = nn.Sequential(norm, linear)
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(backbone.pixel_mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(backbone.pixel_std).view(-1, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> "ClassifierNetwork":
         super().train(mode)
@@ -106,7 +102,7 @@ class ClassifierNetwork(nn.Module):
     def forward(self, batch: Batch, mixing: Mixing | None = None, rank: int = 0) -> Logits:
         pixels = targets = None
         if batch.image is not None:
-            pixels = (batch.image.pixels.float() / 255 - self.mean) / self.std
+            pixels = self.normalized(batch.image.pixels)
             if mixing:
                 pixels, targets = mixing(pixels, batch, rank)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):

@@ -16,7 +16,7 @@ from mmssl.data.crops import Crop
 from mmssl.data.images import load_image, stack
 from mmssl.data.members import sample_image, sample_text
 from mmssl.data.shards import ShardSet
-from mmssl.data.tokenizer import TextTokenizer
+from mmssl.data.tokenizer import TextTokenizer, beginning
 from mmssl.draws import Draws
 from mmssl.finetune.augment import Augment
 from mmssl.finetune.labels import Labels
@@ -44,8 +44,7 @@ class Tokens:
         encoded = self.tokenizer.encode(sample_text(sample))
         if not (encoded.word_ids >= 0).any():
             raise BadSample("no_text", "the text has no token besides special ones")
-        ids = encoded.ids.astype(np.int64)
-        return ids if len(ids) <= self.max_tokens else np.append(ids[: self.max_tokens - 1], ids[-1])
+        return beginning(encoded.ids, self.max_tokens).astype(np.int64)
 
     def collate(self, texts: list[NDArray[np.int64]]) -> Text:
         starts = np.concatenate([[0], np.cumsum([len(ids) for ids in texts])])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mmssl.backbone import Backbone
+from mmssl.backbone import Backbone, Normalizes
 from mmssl.finetune.base import Pictured
 from mmssl.finetune.network import Head, Pool, check_pool, pooled
 from mmssl.finetune.prepare import PreparePair
@@ -32,11 +32,11 @@ class Embeddings(NamedTuple):
     scale: Float[Tensor, " 1"]
 
 
-class DualNetwork(nn.Module):
+class DualNetwork(Normalizes):
     """Batch to embeddings: pictures and texts pass through the backbone apart, so that either can be stored."""
 
     def __init__(self, backbone: Backbone, embed_dim: int, pool: Pool, temperature: float) -> None:
-        super().__init__()
+        super().__init__(backbone.pixel_mean, backbone.pixel_std)
         self.backbone, self.pool = backbone, pool
         self.image_head = Head(backbone.embed_dim, embed_dim, bias=False)
         self.text_head = Head(backbone.embed_dim, embed_dim, bias=False)
@@ -44,16 +44,11 @@ class DualNetwork(nn.Module):
             nn.init.normal_(head.weight, std=backbone.embed_dim**-0.5)
         # One number on an axis of its own: FSDP2 cannot shard a scalar.
         self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(backbone.pixel_mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(backbone.pixel_std).view(-1, 1, 1), persistent=False)
 
     def forward(self, batch: Batch) -> Embeddings:
         assert batch.image is not None
         assert batch.text is not None
-        pixels = (batch.image.pixels.float() / 255 - self.mean) / self.std
-        image = pooled(self.backbone(pixels), None, batch.size, self.pool)
+        image = pooled(self.backbone(self.normalized(batch.image.pixels)), None, batch.size, self.pool)
         text = pooled(self.backbone(text=batch.text), batch.text, batch.size, self.pool)
         return Embeddings(
             F.normalize(self.image_head(image), dim=-1),

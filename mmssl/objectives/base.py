@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mmssl.backbone import Backbone
+from mmssl.backbone import Backbone, Normalizes
 from mmssl.backbone.make import make_backbone
 from mmssl.data.crops import RandomResizedCrop, ResizeCenterCrop
 from mmssl.data.images import load_image, stack
@@ -183,23 +183,19 @@ class TextHead(nn.Module):
         return cast(Tensor, self.out(self.norm(nn.functional.gelu(self.dense(hidden)))))
 
 
-class Pixels(nn.Module):
+class Pixels(Normalizes):
     """uint8 pictures to normalised floats, and to and from patches of K = p * p * C numbers."""
 
     def __init__(
         self, mean: tuple[float, ...], std: tuple[float, ...], patch_size: int, normalize_patches: bool
     ) -> None:
-        super().__init__()
-        self.mean: Tensor
-        self.std: Tensor
+        super().__init__(mean, std)
         self.patch_size = patch_size
         self.patch_dim = patch_size**2 * len(mean)
         self.normalize_patches = normalize_patches
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, pixels: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        return (pixels.float() / 255 - self.mean) / self.std
+        return self.normalized(pixels)
 
     def restore(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Normalised floats back to [0, 1]."""

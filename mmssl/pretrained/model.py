@@ -14,12 +14,12 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmssl.backbone import Backbone
+from mmssl.backbone import Backbone, Normalizes
 from mmssl.data.crops import ResizeCenterCrop, middle
 from mmssl.data.images import load_image, rgb_pixels
-from mmssl.data.tokenizer import TextTokenizer
+from mmssl.data.tokenizer import TextTokenizer, beginning
 from mmssl.draws import Draws
 from mmssl.types import BadSample, Text
 
@@ -41,7 +41,7 @@ class Encoded(NamedTuple):
     valid: Bool[Tensor, "B K"]
 
 
-class Pretrained(nn.Module):
+class Pretrained(Normalizes):
     """A backbone that takes pictures and texts as they come; :func:`mmssl.load_backbone` makes one.
 
     ``pool`` of the methods says what ``pooled`` is.  "cls": the class token of a picture or pair, [CLS] of a text.
@@ -58,21 +58,11 @@ class Pretrained(nn.Module):
     def __init__(
         self, backbone: Backbone, tokenizer: TextTokenizer | None, about: dict[str, Any] | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(backbone.pixel_mean, backbone.pixel_std)
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.about = about or {}
         self.img_size, self.embed_dim = backbone.img_size, backbone.embed_dim
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.empty(len(backbone.pixel_mean), 1, 1), persistent=False)
-        self.register_buffer("std", torch.empty(len(backbone.pixel_std), 1, 1), persistent=False)
-        self.begin_buffers()
-
-    def begin_buffers(self) -> None:
-        """Set what no file of weights holds; again after the module was built on the meta device."""
-        self.mean.copy_(torch.tensor(self.backbone.pixel_mean).view(-1, 1, 1))
-        self.std.copy_(torch.tensor(self.backbone.pixel_std).view(-1, 1, 1))
 
     # ---- from what people have
 
@@ -170,7 +160,7 @@ class Pretrained(nn.Module):
                 raise ValueError(f"text {place} is a {type(text).__name__}; give strings")
         room = self.backbone.max_text_tokens
         encoded = [self.tokenizer.encode(text).ids for text in several]
-        ids = [row if len(row) <= room else np.r_[row[: room - 1], row[-1]] for row in encoded]
+        ids = [beginning(row, room) for row in encoded]
         ends = list(itertools.accumulate(len(row) for row in ids))
         device = self.mean.device
         return Text(
@@ -227,7 +217,7 @@ class Pretrained(nn.Module):
         """Pixels as the backbone's patch embedding takes them."""
         if pixels.is_floating_point():
             return pixels.to(self.mean.dtype)
-        return ((pixels.float() / 255 - self.mean.float()) / self.std.float()).to(self.mean.dtype)
+        return self.normalized(pixels).to(self.mean.dtype)
 
     def pooled(
         self, pool: Pool | None, prefix: Tensor | None, tokens: list[Tensor], valid: list[Tensor]
