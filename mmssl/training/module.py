@@ -4,7 +4,6 @@ An objective gives three things: ``prepare`` (the loader's half), ``forward`` (t
 (predictions to named sums).  Everything about *how* to train is here.
 """
 
-import hashlib
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmssl.draws import mix
+from mmssl.pretrained.sources import sha256
 from mmssl.pretrained.whole import FORMAT, check_format
 from mmssl.training.changed import Changed
 from mmssl.training.completion import Completion, Rows
@@ -144,7 +144,7 @@ class PretrainModule(LightningModule):
 
     def _tokenizer_digest(self) -> str | None:
         tokenizer = getattr(self, "tokenizer", None)
-        return None if tokenizer is None else hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+        return None if tokenizer is None else sha256(tokenizer)
 
     @property
     def total_batches(self) -> int:

@@ -44,8 +44,28 @@ def test_predict_writes_every_hidden_word(
     assert float(row["val/loss"]) == pytest.approx(float(fitted[-1]["val/loss"]), rel=1e-6)
 
 
+def test_an_earlier_prediction_of_more_ranks_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "predictions"
+    folder.mkdir()
+    mine = ["words-0.jsonl", "batch-00003-0.png"]
+    of_none = ["words-2.jsonl", "labels-11.jsonl", "batch-00000-2.png"]
+    kept = ["words-1.jsonl", "batch-00000-1.png", "notes.txt", "plot-7.png", "words-x.jsonl"]
+    for name in [*mine, *of_none, *kept]:
+        (folder / name).write_text("")
+
+    def start(rank: int) -> set[str]:
+        trainer = Mock(
+            spec=Trainer, default_root_dir=str(tmp_path), global_rank=rank, is_global_zero=rank == 0, world_size=2
+        )
+        Predictions().on_predict_start(trainer, Mock(spec=LightningModule))
+        return {path.name for path in folder.iterdir()}
+
+    assert start(0) == set(kept)
+    assert start(1) == {"notes.txt", "plot-7.png", "words-x.jsonl"}
+
+
 def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "predictions").write_text("in the way")
-    trainer = Mock(spec=Trainer, default_root_dir=str(tmp_path), global_rank=0)
+    trainer = Mock(spec=Trainer, default_root_dir=str(tmp_path), global_rank=0, is_global_zero=True, world_size=1)
     with pytest.raises(PredictionsError, match=r"cannot write predictions to .*File exists"):
         Predictions().on_predict_start(trainer, Mock(spec=LightningModule))

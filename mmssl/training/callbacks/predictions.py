@@ -1,6 +1,7 @@
 """What ``mmssl predict`` leaves behind: hidden words with their guesses, grids of completed pictures, or classes."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from lightning import Callback, LightningModule, Trainer
 from mmssl.training.callbacks.pictures import draw_grid
 from mmssl.training.completion import Completion, Rows
 from mmssl.types import Batch
+
+_WRITTEN = re.compile(r".+-(\d+)\.jsonl|batch-\d+-(\d+)\.png")  # the rank
 
 
 class PredictionsError(RuntimeError):
@@ -50,8 +53,12 @@ class Predictions(Callback):
         self.folder = Path(trainer.default_root_dir) / "predictions"
         with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for earlier in self.folder.glob(f"*-{trainer.global_rank}.jsonl"):
-                earlier.unlink()
+            for earlier in list(self.folder.iterdir()):
+                written = _WRITTEN.fullmatch(earlier.name)
+                rank = int(written[1] or written[2]) if written else -1
+                nobody = trainer.is_global_zero and rank >= trainer.world_size  # of an earlier run with more ranks
+                if rank == trainer.global_rank or nobody:
+                    earlier.unlink(missing_ok=True)
 
     def on_predict_batch_end(
         self,
