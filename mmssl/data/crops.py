@@ -139,7 +139,8 @@ class ResizeCenterCrop:
 
     Sizes are rounded as torchvision's ``Resize`` and ``CenterCrop`` round them: timm's evaluation transforms and the
     image processors of transformers give the same picture.  Of a picture more than eight times as long as wide only the
-    central part is resized: the rest would be cut anyway, and resizing a line of a million pixels takes all memory.
+    central part is resized, which moves nothing: the rest would be cut anyway, and resizing a line of a million pixels
+    takes all memory.
 
     Raises:
         ValueError: in the constructor, for a size below 1.
@@ -152,6 +153,16 @@ class ResizeCenterCrop:
 
     def view(self, height: int, width: int, draws: Draws) -> View:
         side, short = self.img_size, min(height, width)
-        h, w = min(height, 8 * short), min(width, 8 * short)
+        h, w = (self._kept(n, short) for n in (height, width))
         size = (int(side * h / short), int(side * w / short))
         return View((height, width), ((height - h) // 2, (width - w) // 2, h, w), size, side)
+
+    def _kept(self, length: int, short: int) -> int:
+        """How many pixels of a side are resized: about eight times the short one, centred to the pixel as the whole is.
+
+        For that the lengths before resizing are alike modulo 2, and those after it modulo 4, for halves are rounded to
+        even numbers.
+        """
+        whole, least = int(self.img_size * length / short), 8 * short
+        some = range(least + (length - least) % 2, length, 2)
+        return next((n for n in some if (whole - int(self.img_size * n / short)) % 4 == 0), length)
