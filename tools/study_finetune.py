@@ -4,15 +4,17 @@
     python tools/make_demo_data.py --out data/demo --if-missing
     OMP_NUM_THREADS=1 python tools/study_finetune.py
 
-Two tasks (``--tasks``):
+Three tasks (``--tasks``):
 
     digits  scikit-learn's digits: 1,797 pictures of 8 x 8 pixels, real handwriting (UCI's optical recognition of
             handwritten digits).  A fifth of each class is the test set.
     demo    5,000 training pictures of the demo's data, glyphs in colour on colour; the class is both colours, one of 43
             pairs.  The test set is the demo's validation: characters that no training picture shows.
+    pairs   all 52,515 training pictures of the demo with captions, of which every second is another picture's, of other
+            colours; the class is whether they belong together.  The test set is made of the validation in the same way.
 
 A small model is pretrained without labels: for the digits a masked autoencoder on a task's training pictures, for the
-demo configs/demo/mmm.yaml's recipe, on all training pictures and their captions, which name the colours.  Then
+two others configs/demo/mmm.yaml's recipe, on all training pictures and their captions, which name the colours.  Then
 classifiers are trained on 1 %, 10 % and all of the labels, equally many steps for every arm, several seeds (which draw
 the labels, the beginning and the order).  The learning rate of each arm is chosen once, by a run on 10 % of the labels,
 measured on training pictures outside of these.
@@ -31,6 +33,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,11 +64,12 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 class Labelled(NamedTuple):
-    """Pictures as files of one ``kind`` (an extension), and their classes."""
+    """Pictures as files of one ``kind`` (an extension), their classes, and captions where there are any."""
 
     kind: str
     pictures: Sequence[bytes]
     labels: NDArray[np.int64]
+    texts: Sequence[bytes] | None = None
 
 
 class Task(NamedTuple):
@@ -74,9 +78,12 @@ class Task(NamedTuple):
 
     load: Callable[[], tuple[Labelled, Labelled]]
     unit: str  # what a label is a label of
+    classifier: Callable[..., mmssl.ImageClassifier | mmssl.PairClassifier]
     backbone: dict[str, Any]
     pretraining: Callable[["Task", str, int], tuple[mmssl.MAE | mmssl.MMM, mmssl.DataModule]]
     pretrain_steps: int
+    steps: int = 1000  # of a classifier
+    reads_text: bool = False
 
 
 def digits() -> tuple[Labelled, Labelled]:
@@ -102,6 +109,22 @@ def demo() -> tuple[Labelled, Labelled]:
         for part, of_it in zip(members, about, strict=True)
     )
     return train, held_out
+
+
+def pairs() -> tuple[Labelled, Labelled]:
+    """The demo's pairs; every second picture has the caption of another one, of other colours."""
+    found = []
+    for seed, shards in enumerate(("pairs-train-*.tar", "pairs-val-*.tar")):
+        part, generator = ShardSet(str(DEMO / shards)), np.random.default_rng(seed)
+        members = [part.read(i).members for i in range(len(part))]
+        colours = [(about["ink"], about["paper"]) for about in (json.loads(m["json"]) for m in members)]
+        partners = list(range(len(members)))
+        for i in range(0, len(members), 2):
+            while colours[partners[i]] == colours[i]:
+                partners[i] = int(generator.integers(len(members)))
+        texts = [members[partner]["txt"] for partner in partners]
+        found.append(Labelled("jpg", [m["jpg"] for m in members], np.arange(len(members)) % 2, texts))
+    return found[0], found[1]
 
 
 def _mae(task: Task, shard: str, steps: int) -> tuple[mmssl.MAE, mmssl.DataModule]:
@@ -150,18 +173,21 @@ def _tiny(img_size: int, patch_size: int) -> dict[str, Any]:
     return {"img_size": img_size, "patch_size": patch_size, "options": options}
 
 
+_PICTURES = partial(mmssl.ImageClassifier, **CROP)
+_PAIRS = partial(mmssl.PairClassifier, crop_scale=(1.0, 1.0), max_tokens=32, pad_to_multiple_of=64)
 TASKS = {
-    "digits": Task(digits, "digits", _tiny(16, 4), _mae, 8000),
-    "demo": Task(demo, "glyphs", _tiny(32, 8), _mmm, 2800),
+    "digits": Task(digits, "digits", _PICTURES, _tiny(16, 4), _mae, 8000),
+    "demo": Task(demo, "glyphs", _PICTURES, _tiny(32, 8), _mmm, 2800),
+    "pairs": Task(pairs, "pairs", _PAIRS, _tiny(32, 8), _mmm, 2800, steps=600, reads_text=True),
 }
 
 
-def main(out: Path, tasks: Sequence[str], steps: int, pretrain_steps: int | None, seeds: int) -> None:
+def main(out: Path, tasks: Sequence[str], steps: int | None, pretrain_steps: int | None, seeds: int) -> None:
     """Run the study of every task; writes and prints what came out."""
     _quiet()
     for name in tasks:
         task = TASKS[name]
-        result = study(out / name, task, steps, pretrain_steps or task.pretrain_steps, seeds)
+        result = study(out / name, task, steps or task.steps, pretrain_steps or task.pretrain_steps, seeds)
         (out / name / "study.json").write_text(json.dumps(result, indent=1) + "\n")
         print(f"\n{name}:\n\n{table(result)}\n", flush=True)
     done = {path.parent.name: json.loads(path.read_text()) for path in sorted(out.glob("*/study.json"))}
@@ -232,13 +258,14 @@ def choose(labels: NDArray[np.int64], part: float, seed: int) -> NDArray[np.int6
 
 
 def write(path: Path, data: Labelled, chosen: NDArray[np.int64]) -> str:
-    """A shard of pictures and .cls."""
+    """A shard of pictures, captions and .cls."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in (path, Path(f"{path}.idx")):
         old.unlink(missing_ok=True)
     with webdataset.TarWriter(str(path)) as writer:
         for i in chosen.tolist():
-            writer.write({"__key__": f"{i:05d}", data.kind: data.pictures[i], "cls": str(data.labels[i])})
+            text = {} if data.texts is None else {"txt": data.texts[i]}
+            writer.write({"__key__": f"{i:05d}", data.kind: data.pictures[i], **text, "cls": str(data.labels[i])})
     return str(path)
 
 
@@ -253,7 +280,8 @@ def pretrain(folder: Path, shard: str, task: Task, steps: int) -> str:
 
 
 def _start(task: Task, pretrained: str, said: dict[str, Any]) -> dict[str, Any]:
-    return {"backbone": pretrained} if "backbone" in said else {"backbone_options": task.backbone}
+    tokenizer = {"tokenizer": str(DEMO / "tokenizer.json")} if task.reads_text else {}
+    return {"backbone": pretrained} if "backbone" in said else {"backbone_options": task.backbone, **tokenizer}
 
 
 class Runs(NamedTuple):
@@ -267,13 +295,8 @@ class Runs(NamedTuple):
     def classify(self, arguments: dict[str, Any], shard: str, test: str, seed: int, lr: float) -> tuple[float, float]:
         """(accuracy in per cent after so many steps on the shard, mean training loss of the last tenth of them)."""
         seed_everything(seed, verbose=False)
-        module = mmssl.ImageClassifier(
-            num_classes=self.classes,
-            lr=lr,
-            weight_decay=0.05,
-            warmup_steps=self.steps // 10,
-            **CROP,
-            **arguments,
+        module = self.task.classifier(
+            num_classes=self.classes, lr=lr, weight_decay=0.05, warmup_steps=self.steps // 10, **arguments
         )
         data = mmssl.DataModule(shard, test, batch_size=32, val_batch_size=360, lanes=1, seed=seed, num_workers=0)
         losses = Losses()
@@ -361,7 +384,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/study-finetune"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--steps", type=int, default=1000, help="of every classifier")
-    parser.add_argument("--pretrain_steps", type=int, help="of every pretraining (default: 8000 digits, 2800 demo)")
+    parser.add_argument("--steps", type=int, help="of every classifier (default: 1000, pairs 600)")
+    parser.add_argument("--pretrain_steps", type=int, help="of every pretraining (default: digits 8000, others 2800)")
     parser.add_argument("--seeds", type=int, default=3)
     main(**vars(parser.parse_args()))

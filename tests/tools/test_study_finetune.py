@@ -51,12 +51,12 @@ def test_it_runs_to_its_table(
     monkeypatch.setattr(study_finetune, "DEMO", demo_folder)
     monkeypatch.setattr(study_finetune, "RATES", (1e-3,))
     monkeypatch.setattr(study_finetune, "PARTS", (0.1,))
-    study_finetune.main(tmp_path / "out", ["digits", "demo"], steps=2, pretrain_steps=2, seeds=1)
-    for name, labels, tests in (("digits", 144, 355), ("demo", 4, 8)):
+    study_finetune.main(tmp_path / "out", ["digits", "demo", "pairs"], steps=2, pretrain_steps=2, seeds=1)
+    for name, labels, tests in (("digits", 144, 355), ("demo", 4, 8), ("pairs", 4, 8)):
         result = json.loads((tmp_path / "out" / name / "study.json").read_text())
         assert (result["labels"], result["test_pictures"]) == ({"0.1": labels}, tests)
         assert list(result["accuracy"]) == list(result["last_train_loss"]) == list(study_finetune.ARMS)
     assert (tmp_path / "out" / "study.png").stat().st_size > 1000
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row.split("|")[1].strip() for row in rows] == ["labels", "---", *study_finetune.ARMS] * 2
+    assert [row.split("|")[1].strip() for row in rows] == ["labels", "---", *study_finetune.ARMS] * 3
     assert rows[0].split("|")[2].strip() == "10% (144)"
