@@ -134,7 +134,7 @@ def test_the_row_of_the_last_step_is_kept_and_its_validation_comes_first(toy_fol
 
     monkeypatch.setattr(toy.ToyModule, "training_step", step)
     assert main(["fit", "--run", "runs/a", "--resume"]) == 0
-    assert "the validation of step 10, before which the run was stopped, comes first" in capsys.readouterr().out
+    assert "the validation of step 10, before which the checkpoint was saved, comes first" in capsys.readouterr().out
     assert main(["fit", "--config", "toy.yaml", "--run", "runs/b"]) == 0
     whole, both = rows(toy_folder / "runs/b/metrics.csv"), rows(toy_folder / "runs/a/metrics.csv")
     assert list(whole) == list(both) == [5, 10, 15, 20]

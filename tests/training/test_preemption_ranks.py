@@ -58,7 +58,7 @@ def test_preempted_again_and_again(tmp_path: Path, tokenizer_path: str, pair_sha
 
     codes, said = fit(run, config, "--resume", callbacks=[LEDGER])
     assert codes == [0, 0], said
-    assert "the validation of step 5, before which the run was stopped, comes first" in said
+    assert "the validation of step 5, before which the checkpoint was saved, comes first" in said
     assert said.count("validation loss") == 2
     assert read_ledger(run) == read_ledger(tmp_path / "whole")
 
