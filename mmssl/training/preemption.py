@@ -111,7 +111,8 @@ class Preemption(Callback):
         votes.begin(self._ask)
         if self._owed and trainer.enable_validation:
             rank_zero_only(print)(
-                f"mmssl: the validation of step {trainer.global_step}, before which the checkpoint was saved, comes first",
+                f"mmssl: the validation of step {trainer.global_step}, before which the checkpoint was saved, "
+                "comes first",
                 flush=True,
             )
             _validate(trainer)
