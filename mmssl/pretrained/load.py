@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmssl.backbone import Backbone
 from mmssl.pretrained.model import Pretrained
-from mmssl.pretrained.sources import Source, Weights, find_source
+from mmssl.pretrained.sources import Source, Weights, find_source, read_into
 
 
 def load_backbone(
@@ -91,14 +91,12 @@ def fill(backbone: Backbone, found: Source, resize: bool) -> None:
         )
     resized: Mapping[str, Tensor] = resized_image_side(backbone, found.tensors) if resize else {}
     for name, value in ours.items():
-        tensor = resized[name] if name in resized else found.tensors[name]
-        if tensor.shape != value.shape:
-            raise ValueError(
-                f"{found.where}: {name} has shape {list(tensor.shape)}, the model {list(value.shape)}; "
-                "another model wrote it"
-            )
         with torch.no_grad():
-            value.copy_(tensor)
+            shape = read_into(resized if name in resized else found.tensors, name, value)
+        if shape != value.shape:
+            raise ValueError(
+                f"{found.where}: {name} has shape {list(shape)}, the model {list(value.shape)}; another model wrote it"
+            )
 
 
 def resized_image_side(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

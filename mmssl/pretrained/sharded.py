@@ -88,8 +88,12 @@ class ShardedTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        load_into({name: tensor}, TableReader(self._folder, self.table), self._folder)
+        self.read_into(name, tensor)
         return tensor
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Put a tensor where it is to be, without another copy of it in between."""
+        load_into({name: target}, TableReader(self._folder, self.table), self._folder)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)

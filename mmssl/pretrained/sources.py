@@ -69,17 +69,39 @@ class _Part(Mapping[str, Tensor]):
     """The tensors whose names begin with ``prefix``, by what follows it."""
 
     def __init__(self, whole: Mapping[str, Tensor], prefix: str) -> None:
-        self._whole, self._prefix = whole, prefix
+        self.whole, self.prefix = whole, prefix
         self._names = [name.removeprefix(prefix) for name in whole if name.startswith(prefix)]
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._whole[self._prefix + name]
+        return self.whole[self.prefix + name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def read_into(tensors: Mapping[str, Tensor], name: str, target: Tensor) -> torch.Size:
+    """Fill ``target`` with a tensor if it has the same shape; from a sharded checkpoint without a copy in between.
+
+    Returns:
+        The tensor's shape; where it is another one, ``target`` is left alone.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    while isinstance(tensors, _Part):
+        name, tensors = tensors.prefix + name, tensors.whole
+    if isinstance(tensors, ShardedTensors):
+        shape = tensors.entries[name].size
+        if shape == target.shape:
+            tensors.read_into(name, target)
+        return shape
+    tensor = tensors[name]
+    if tensor.shape == target.shape:
+        target.copy_(tensor)
+    return tensor.shape
 
 
 class SafeTensors(Mapping[str, Tensor]):
