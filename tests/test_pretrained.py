@@ -6,6 +6,7 @@ import io
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mmssl.cli import main
 from mmssl.data.crops import ResizeCenterCrop
 from mmssl.data.images import decode_image, load_image
 from mmssl.draws import Draws
+from mmssl.pretrained import sharded
 from mmssl.pretrained.sources import find_source
 from mmssl.pretrained.whole import CheckpointError
 from mmssl.report import load_run
@@ -244,7 +246,9 @@ def test_the_newest_whole_checkpoint_is_taken(joint_run: Path, tmp_path: Path, c
     assert "step=00000009.ckpt" in capsys.readouterr().err
 
 
-def test_a_sharded_checkpoint(joint_run: Path, loaded: mmssl.Pretrained, tmp_path: Path):
+def test_a_sharded_checkpoint(
+    joint_run: Path, loaded: mmssl.Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     content = torch.load(newest(joint_run), weights_only=True)
     run = tmp_path / "run"
     folder = run / "checkpoints" / "step=00000004.ckpt"
@@ -253,7 +257,15 @@ def test_a_sharded_checkpoint(joint_run: Path, loaded: mmssl.Pretrained, tmp_pat
     shutil.copy(joint_run / "tokenizer.json", run / "tokenizer.json")
     content.pop("optimizer_states")
     torch.save(content, folder / "meta.pt")
-    assert_equal(mmssl.load_backbone(folder), loaded)
+    reads: Counter[str] = Counter()
+    read = sharded.load_into
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            sharded, "load_into", lambda targets, *rest: (reads.update(list(targets)), read(targets, *rest))
+        )
+        assert_equal(mmssl.load_backbone(folder), loaded)
+    assert {times for name, times in reads.items() if ".blocks." in name} == {1}
+    assert len(reads) == len(loaded.backbone.state_dict())
     assert_equal(mmssl.load_backbone(run), loaded)
 
     (folder / "meta.pt").unlink()  # torch.distributed.checkpoint alone: the run's config says what to build

@@ -90,13 +90,9 @@ def fill(backbone: Backbone, found: Source, resize: bool) -> None:
             f"({', '.join(missing[:3])}, ...): another model wrote it"
         )
     resized: Mapping[str, Tensor] = resized_image_side(backbone, found.tensors) if resize else {}
-    for name, value in ours.items():
-        with torch.no_grad():
-            shape = read_into(resized if name in resized else found.tensors, name, value)
-        if shape != value.shape:
-            raise ValueError(
-                f"{found.where}: {name} has shape {list(shape)}, the model {list(value.shape)}; another model wrote it"
-            )
+    with torch.no_grad():
+        read_into({name: ours[name] for name in resized}, resized, found.where)
+        read_into({name: value for name, value in ours.items() if name not in resized}, found.tensors, found.where)
 
 
 def resized_image_side(backbone: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,9 @@ class Merged(Mapping[str, Tensor]):
             return tensor
         return tensor + self._scale * (self._tensors[b] @ self._tensors[a])
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

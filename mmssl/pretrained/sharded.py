@@ -88,12 +88,15 @@ class ShardedTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        self.read_into(name, tensor)
+        self.read_into({name: tensor})
         return tensor
 
-    def read_into(self, name: str, target: Tensor) -> None:
-        """Put a tensor where it is to be, without another copy of it in between."""
-        load_into({name: target}, TableReader(self._folder, self.table), self._folder)
+    def read_into(self, targets: dict[str, Tensor]) -> None:
+        """Fill ``targets`` by name, in one go: torch leaves what it read for one call to the garbage collector."""
+        load_into(targets, TableReader(self._folder, self.table), self._folder)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self.entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)

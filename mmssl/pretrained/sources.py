@@ -75,6 +75,9 @@ class _Part(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.whole[self.prefix + name]
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return isinstance(name, str) and self.prefix + name in self.whole
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -82,26 +85,32 @@ class _Part(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def read_into(tensors: Mapping[str, Tensor], name: str, target: Tensor) -> torch.Size:
-    """Fill ``target`` with a tensor if it has the same shape; from a sharded checkpoint without a copy in between.
-
-    Returns:
-        The tensor's shape; where it is another one, ``target`` is left alone.
+def read_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path | str) -> None:
+    """Fill ``targets`` with the tensors of their names; memory holds one more of them at a time.
 
     Raises:
+        ValueError: a tensor in ``where`` has another shape.
         CheckpointError: a file is damaged.
     """
+    prefix = ""
     while isinstance(tensors, _Part):
-        name, tensors = tensors.prefix + name, tensors.whole
+        prefix, tensors = tensors.prefix + prefix, tensors.whole
     if isinstance(tensors, ShardedTensors):
-        shape = tensors.entries[name].size
-        if shape == target.shape:
-            tensors.read_into(name, target)
-        return shape
-    tensor = tensors[name]
-    if tensor.shape == target.shape:
+        for name, target in targets.items():
+            _check_shape(name, tensors.entries[prefix + name].size, target, where)
+        tensors.read_into({prefix + name: target for name, target in targets.items()})
+        return
+    for name, target in targets.items():
+        tensor = tensors[prefix + name]
+        _check_shape(name, tensor.shape, target, where)
         target.copy_(tensor)
-    return tensor.shape
+
+
+def _check_shape(name: str, shape: torch.Size, target: Tensor, where: Path | str) -> None:
+    if shape != target.shape:
+        raise ValueError(
+            f"{where}: {name} has shape {list(shape)}, the model {list(target.shape)}; another model wrote it"
+        )
 
 
 class SafeTensors(Mapping[str, Tensor]):
@@ -122,6 +131,9 @@ class SafeTensors(Mapping[str, Tensor]):
         file, inside = self._places[name]
         tensor: Tensor = file.get_tensor(inside)
         return tensor
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._places
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
